@@ -1,0 +1,432 @@
+"""The rollout engine: vLLM's ``AsyncLLM`` plus what reinforcement learning needs from it.
+
+Only extension points of vLLM are used: a subclass in front, ``worker_extension_cls`` behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from roll_vllm import errors
+from roll_vllm.admission import AdmissionGate
+from roll_vllm.errors import ConfigurationError, RollVllmError, UnsupportedFeatureError, WeightUpdateError
+from roll_vllm.state import TAGS, EngineState, WeightsStatus, WorkerState
+from roll_vllm.transfer.manifest import specs_from
+from roll_vllm.transfer.session import Sender, WeightUpdate, sender_for
+
+_DRAIN_POLL_S = 0.01
+_LORA = "LoRA adapters from tensors (add_lora(peft_config), is_lora=True) are not part of this release of roll_vllm"
+
+
+class RolloutEngine(AsyncLLM):  # type: ignore[misc]
+    """A vLLM engine that a trainer can feed, put to sleep and trust.
+
+    Everything ``AsyncLLM`` has, plus ROLL's calls, under ROLL's names and arguments. Create it with
+    :func:`roll_vllm.create_async_llm`.
+
+    Requests pass a gate: they wait while the engine sleeps or is being updated, and are refused with
+    ``WeightsNotReadyError`` when it is awake without one complete set of weights. Sleep, wake and update
+    exclude each other. Sleep and update abort the requests that run; the callers get what was generated.
+    """
+
+    _gate: AdmissionGate
+    _control: asyncio.Lock
+    _senders: dict[str, Sender]
+    _session_open: bool
+    _implicit_open: bool
+
+    @classmethod
+    async def start(cls, engine_args: AsyncEngineArgs, *, allow_dummy_weights: bool = False) -> RolloutEngine:
+        """Start the engine and its workers' side. Blocks the event loop until the workers are up.
+
+        Args:
+            engine_args: vLLM's own arguments.
+            allow_dummy_weights: generate also before the first weight update of a ``load_format="dummy"``
+                engine.
+        """
+        engine: RolloutEngine = cls.from_engine_args(engine_args, usage_context=UsageContext.ENGINE_CONTEXT)
+        dummy = str(engine_args.load_format) == "dummy"
+        initial = WeightsStatus.NEVER_LOADED if dummy else WeightsStatus.COMPLETE
+        engine._gate = AdmissionGate(EngineState(initial), allow_dummy_weights)
+        engine._control = asyncio.Lock()
+        engine._senders = {}
+        engine._session_open = engine._implicit_open = False
+        try:
+            await engine.custom_init_worker()
+        except BaseException:
+            engine.shutdown()
+            raise
+        return engine
+
+    # -- generation -----------------------------------------------------------------------------------------
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """As ``AsyncLLM.generate``; every output carries ``weight_version``, the version it was generated with.
+
+        Raises:
+            WeightsNotReadyError: the engine holds no complete set of weights.
+        """
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        try:
+            async with aclosing(super().generate(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    output.weight_version = self._gate.state.weight_version
+                    yield output
+        except EngineGenerateError as error:
+            # vLLM wraps whatever add_request raises; ours says more than the wrapper.
+            if isinstance(error.__cause__, RollVllmError):
+                raise error.__cause__ from None
+            raise
+
+    async def add_request(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``AsyncLLM.add_request``, behind the gate."""
+        async with self._gate.admitted():
+            return await super().add_request(*args, **kwargs)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """As ``AsyncLLM.abort``; also forgets parents (``n > 1``) whose children have all ended."""
+        await super().abort(request_id)
+        # vllm-project/vllm#51629: aborting the last child by its own id leaves the parent's entry behind.
+        parents = self.output_processor.parent_requests
+        for parent in [key for key, value in parents.items() if not value.child_requests]:
+            del parents[parent]
+
+    async def _quiesce(self, running: str) -> None:
+        """End the running requests by the policy ``"abort"`` or ``"wait"``; the gate must be closed."""
+        processor = self.output_processor
+        if running == "wait":
+            while processor.has_unfinished_requests():
+                if self.errored:
+                    raise self.dead_error
+                await asyncio.sleep(_DRAIN_POLL_S)
+        else:
+            await self.abort([*processor.parent_requests, *processor.request_states])
+
+    # -- remote calls ---------------------------------------------------------------------------------------
+
+    async def collective_rpc(
+        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        """As ``AsyncLLM.collective_rpc``: one result a rank, in rank order; the timeout (seconds) holds always.
+
+        Raises:
+            TimeoutError: no answer in time; the call may still be running in the workers.
+        """
+        call = self.engine_core.collective_rpc_async(method, timeout, args, kwargs)
+        try:
+            results: list[Any] = await asyncio.wait_for(call, timeout)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"no answer to {method!r} from every worker within {timeout:g} s") from None
+        return results
+
+    async def _workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker's runtime; one value a rank, or one typed error naming the rank."""
+        answers = await self.collective_rpc("roll_vllm_call", args=(method, list(args)))
+        for answer in answers:
+            if "error" in answer:
+                kind: type[RollVllmError] = getattr(errors, answer["error"])
+                raise kind(f"{answer['message']} [rank {answer['rank']}]")
+        return [answer["value"] for answer in answers]
+
+    async def custom_init_worker(self) -> None:
+        """Prepare the workers; done by ``create_async_llm``, harmless when repeated."""
+        await self.collective_rpc("roll_vllm_init", args=(self._gate.state.weights.value,))
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def weight_version(self) -> int:
+        """Number of complete weight updates since the engine started."""
+        return self._gate.state.weight_version
+
+    async def state(self) -> EngineState:
+        """What the engine can do now, asked of every worker."""
+        workers = tuple(
+            WorkerState(
+                **{
+                    **fields,
+                    "weights": WeightsStatus(fields["weights"]),
+                    "sleeping": frozenset(fields["sleeping"]),
+                    "missing": tuple(fields["missing"]),
+                }
+            )
+            for fields in await self._workers("state")
+        )
+        statuses = [worker.weights for worker in workers if worker.weights is not WeightsStatus.COMPLETE]
+        return dataclasses.replace(
+            self._gate.state,
+            weights=statuses[0] if statuses else WeightsStatus.COMPLETE,
+            sleeping=frozenset().union(*(worker.sleeping for worker in workers)),
+            workers=workers,
+        )
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """XXH3 of every parameter, buffer and plain tensor attribute: one mapping by name a rank.
+
+        Raises:
+            EngineAsleepError: the weights are asleep.
+        """
+        return await self._workers("checksums")
+
+    async def _refresh(self, **changes: Any) -> EngineState:
+        self._gate.state = dataclasses.replace(await self.state(), workers=(), **changes)
+        return self._gate.state
+
+    # -- sleep ----------------------------------------------------------------------------------------------
+
+    async def offload_states(self, level: int = 1) -> None:
+        """Give memory back: the KV cache (level 1), or the KV cache and the weights (level 2).
+
+        Running requests are aborted first, their partial outputs delivered; requests that arrive later wait.
+        Repeating it is harmless, and level 2 after level 1 gives the weights back too.
+
+        Raises:
+            ConfigurationError: a level other than 1 and 2.
+        """
+        if level not in (1, 2) or isinstance(level, bool):
+            raise ConfigurationError(
+                f"sleep level must be 1 (give back the KV cache) or 2 (weights and KV cache), got {level!r}"
+            )
+        async with self._control, self._gate.closed():
+            await self._quiesce("abort")
+            await self._drop_prefix_cache()
+            await self._workers("sleep", level)
+            if level == 2:
+                self._implicit_open = False
+            await self._refresh()
+
+    async def load_states(self, tags: Sequence[str] | None = None) -> None:
+        """Wake the tags ``"weights"`` and ``"kv_cache"``, both when None, in any order.
+
+        After level 2 the weights' memory is back but empty: requests wait until a complete update.
+
+        Raises:
+            ConfigurationError: an unknown tag.
+            EngineOutOfMemoryError: the memory is not there; nothing was taken.
+        """
+        unknown = [tag for tag in tags or () if tag not in TAGS]
+        if unknown or isinstance(tags, str):
+            raise ConfigurationError(f"tags must be a list of {', '.join(TAGS)}, got {tags!r}")
+        async with self._control, self._gate.closed():
+            try:
+                await self._workers("wake", None if tags is None else list(tags))
+            finally:
+                await self._refresh()
+
+    async def sleep(self, level: int = 1) -> None:
+        """vLLM's name for :meth:`offload_states`."""
+        await self.offload_states(level)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """vLLM's name for :meth:`load_states`."""
+        await self.load_states(tags)
+
+    async def is_sleeping(self) -> bool:
+        """Whether any worker has given memory back, asked of the workers themselves."""
+        return (await self.state()).is_sleeping
+
+    async def _drop_prefix_cache(self) -> None:
+        # The aborts may still be on their way through the scheduler, which keeps their blocks until then.
+        for _ in range(100):
+            if await self.reset_prefix_cache() is not False:
+                return
+            await asyncio.sleep(_DRAIN_POLL_S)
+        raise WeightUpdateError(
+            "the prefix cache could not be emptied because blocks are still in use; abort all requests and try again"
+        )
+
+    # -- weights --------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def weight_update(
+        self, transport: str = "bucket", *, sender: Sender | None = None, running: str = "abort"
+    ) -> AsyncIterator[WeightUpdate]:
+        """One complete set of weights, all or nothing: ``async with engine.weight_update() as u: await u.send(w)``.
+
+        On leaving the block every parameter must have been reached; then the prefix cache is emptied and the
+        weight version goes up by one. If that fails, or the block raises after something was written, the
+        engine is inconsistent and refuses to generate until an update succeeds. Sleeping weights are woken;
+        the KV cache goes on sleeping.
+
+        Args:
+            transport: ``"bucket"`` (shared memory, trainer on this host) or ``"collective"`` (a process group
+                that is set up on first use).
+            sender: a ``BucketSender`` or ``CollectiveSender`` of the caller's own instead of the engine's.
+            running: what happens to running requests: ``"abort"`` returns their partial outputs, ``"wait"``
+                lets them finish first.
+
+        Raises:
+            ConfigurationError: unknown transport or policy.
+            WeightUpdateError: the set was incomplete or did not fit.
+        """
+        if running not in ("abort", "wait"):
+            raise ConfigurationError(f"running must be 'abort' or 'wait', got {running!r}")
+        async with self._control, self._gate.closed():
+            if sender is None:
+                sender = await sender_for(self, transport, self._senders)
+            await self._quiesce(running)
+            await self._begin_update()
+            self._session_open = True
+            update = WeightUpdate(self, sender)
+            try:
+                yield update
+                update.counts = (await self._workers("finish_update"))[0]
+            except BaseException as error:
+                await self._abandon_update(error)
+                raise
+            finally:
+                self._session_open = False
+            await self._commit_update()
+
+    async def update_parameter_in_bucket(
+        self, serialized_named_tensors: Sequence[bytes], is_lora: bool = False
+    ) -> None:
+        """Load one bucket of checkpoint tensors (ROLL's call).
+
+        Outside :meth:`weight_update` the buckets that follow each other form one set: the first opens it, and
+        it completes by itself when every parameter has been reached.
+
+        Args:
+            serialized_named_tensors: one payload a rank, from ``BucketSender.payloads`` or
+                ``serialize_named_weights``.
+            is_lora: not in this release.
+
+        Raises:
+            WeightUpdateError: the bucket does not fit its metadata or the model.
+        """
+        if is_lora:
+            raise UnsupportedFeatureError(_LORA)
+        if isinstance(serialized_named_tensors, (bytes, str)) or not serialized_named_tensors:
+            raise WeightUpdateError("serialized_named_tensors must be a list with one payload for each rank")
+        world_size = self.vllm_config.parallel_config.world_size
+        if len(serialized_named_tensors) < world_size:
+            raise WeightUpdateError(
+                f"{len(serialized_named_tensors)} payloads for {world_size} ranks; give one for each rank"
+            )
+        await self._receive("receive_bucket", list(serialized_named_tensors))
+
+    async def setup_collective_group(
+        self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Let every worker join a process group whose rank 0 is the trainer. Blocks until all have joined.
+
+        Args:
+            master_address: host that rank 0 listens on.
+            master_port: its TCP port.
+            rank_offset: added to a worker's rank to give its rank in the group; at least 1.
+            world_size: ranks in the group, the trainer included.
+            group_name: the same on every rank.
+            backend: ``gloo`` on CPU, ``nccl`` on NVIDIA and AMD, ``hccl`` on Ascend.
+
+        Raises:
+            ConfigurationError: the name is taken, or a rank falls outside the group.
+            WeightUpdateError: the others did not come in time (``ROLL_VLLM_COLLECTIVE_TIMEOUT``, 120 s).
+        """
+        await self._workers(
+            "setup_group", master_address, int(master_port), rank_offset, world_size, group_name, backend
+        )
+
+    async def broadcast_parameter(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[Any],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        is_lora: bool = False,
+    ) -> None:
+        """Receive tensors that rank 0 of the group broadcasts at the same time, and load them (ROLL's call).
+
+        Args:
+            names: checkpoint names, in the order of the broadcasts.
+            dtypes: torch dtypes or their names.
+            shapes: shapes.
+            group_name: a group made by :meth:`setup_collective_group`.
+            is_lora: not in this release.
+        """
+        if is_lora:
+            raise UnsupportedFeatureError(_LORA)
+        specs = specs_from(names, dtypes, shapes)
+        await self._receive(
+            "receive_broadcast",
+            [spec.name for spec in specs],
+            [spec.dtype for spec in specs],
+            [list(spec.shape) for spec in specs],
+            group_name,
+        )
+
+    async def process_weights_after_loading(self) -> None:
+        """Run vLLM's post-load step on the weights as they are; ends a set that ``update_parameter_in_bucket``
+        or ``broadcast_parameter`` began.
+
+        Raises:
+            WeightUpdateError: that set is not complete.
+        """
+        async with self._control, self._gate.closed():
+            await self._quiesce("abort")
+            if self._implicit_open:
+                try:
+                    await self._workers("finish_update")
+                except WeightUpdateError as error:
+                    await self._abandon_update(error)
+                    raise
+                await self._commit_update()
+            await self._workers("process_weights_after_loading")
+            await self._drop_prefix_cache()
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        """As ``AsyncLLM.add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
+        if isinstance(lora_request, Mapping):
+            raise UnsupportedFeatureError(_LORA)
+        return bool(await super().add_lora(lora_request))
+
+    async def _receive(self, method: str, *args: Any) -> None:
+        if self._session_open:
+            await self._workers(method, *args)
+            return
+        async with self._control, self._gate.closed():
+            await self._quiesce("abort")
+            if not self._implicit_open:
+                await self._begin_update()
+            try:
+                states = await self._workers(method, *args)
+                touched = any(state["weights"] == WeightsStatus.UPDATING.value for state in states)
+                self._implicit_open = touched
+                if touched and not any(state["missing"] for state in states):
+                    await self._workers("finish_update")
+                    await self._commit_update()
+                else:
+                    await self._refresh()
+            except BaseException as error:
+                await self._abandon_update(error)
+                raise
+
+    async def _begin_update(self) -> None:
+        await self._workers("begin_update")
+        await self._refresh()
+
+    async def _commit_update(self) -> None:
+        self._implicit_open = False
+        await self._drop_prefix_cache()
+        await self._refresh(weight_version=self.weight_version + 1, reason="")
+
+    async def _abandon_update(self, error: BaseException) -> None:
+        self._implicit_open = False
+        if self.errored:
+            return
+        written = any(await self._workers("abandon_update"))
+        await self._refresh(**({"reason": str(error)} if written else {}))
+
+    def shutdown(self) -> None:
+        """End the engine and every process it started."""
+        for sender in getattr(self, "_senders", {}).values():
+            sender.close()
+        super().shutdown()

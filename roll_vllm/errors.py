@@ -1,0 +1,38 @@
+"""Every exception that the runtime raises on purpose.
+
+Each message names the cause and the remedy. All derive from :class:`RollVllmError`, and from the builtin
+that fits, so that callers who know only the builtin still catch them.
+"""
+
+from __future__ import annotations
+
+
+class RollVllmError(Exception):
+    """Base class of all errors raised by ``roll_vllm``."""
+
+
+class ConfigurationError(RollVllmError, ValueError):
+    """An argument, option or environment variable has a value that cannot work."""
+
+
+class UnsupportedFeatureError(RollVllmError, NotImplementedError):
+    """The feature does not exist on this vLLM version, backend or release of ``roll_vllm``."""
+
+
+class WeightUpdateError(RollVllmError, ValueError):
+    """A weight update was refused or did not complete."""
+
+
+class WeightsNotReadyError(RollVllmError, RuntimeError):
+    """Generation was refused because the engine does not hold one complete set of trainer weights."""
+
+
+class EngineAsleepError(RollVllmError, RuntimeError):
+    """The call needs memory that a sleeping engine has given back."""
+
+
+class EngineOutOfMemoryError(RollVllmError, MemoryError):
+    """The device has too little memory.
+
+    The remedies are always the same two: lower ``gpu_memory_utilization`` or use sleep level 2.
+    """

@@ -1,0 +1,160 @@
+"""``create_async_llm``: from ROLL's arguments to a running rollout engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roll_vllm import devices, environment, versions
+from roll_vllm.errors import ConfigurationError, EngineOutOfMemoryError, RollVllmError, UnsupportedFeatureError
+from roll_vllm.worker.memory import OUT_OF_MEMORY_REMEDY
+
+if TYPE_CHECKING:
+    from roll_vllm.devices import Device
+    from roll_vllm.engine import RolloutEngine
+
+logger = logging.getLogger(__name__)
+
+ROLL_DEFAULTS: Mapping[str, Any] = {"gpu_memory_utilization": 0.8, "load_format": "dummy"}
+
+_EXTENSION = "roll_vllm.worker.extension.RollVllmWorkerExtension"
+_OUT_OF_MEMORY_SIGNS = ("out of memory", "No available memory", "MemoryError", "less than desired GPU memory")
+
+
+async def create_async_llm(
+    resource_placement_groups: Sequence[Any] | None = None,
+    *,
+    worker_name: str | None = None,
+    allow_dummy_weights: bool = False,
+    **engine_args: Any,
+) -> RolloutEngine:
+    """Start a rollout engine, with ROLL's signature and defaults.
+
+    The defaults are ``gpu_memory_utilization`` 0.8, ``load_format="dummy"`` (the trainer sends the weights)
+    and sleep mode on. Everything else is vLLM's, ``seed`` and ``enable_prefix_caching`` as given. The caller's
+    environment is the same afterwards; the engine's processes get their own, see :mod:`roll_vllm.environment`.
+
+    Args:
+        resource_placement_groups: for the Ray executor, which is not in this release; None or empty for the
+            single-host executors.
+        worker_name: names the worker's cache directories, so that the next start finds them warm;
+            by default ``$WORKER_NAME``. Two engines that run at once need two names.
+        allow_dummy_weights: let an engine with dummy weights generate before its first weight update.
+        engine_args: fields of vLLM's ``AsyncEngineArgs``.
+
+    Returns:
+        The running engine.
+
+    Raises:
+        ConfigurationError: an argument cannot work.
+        UnsupportedFeatureError: the feature is not in this release, or not on this vLLM version.
+        EngineOutOfMemoryError: the device has too little memory.
+    """
+    installed = versions.installed()
+    if installed is None:
+        raise ConfigurationError("vLLM is not installed here; install one of the tested versions, e.g. vllm==0.12.0")
+    versions.warn_if_untested(installed.version, logger)
+    if resource_placement_groups or engine_args.get("distributed_executor_backend") == "ray":
+        versions.require_ray_executor(installed.version)
+        raise UnsupportedFeatureError(
+            "ROLL does not support using ray distributed executor in this release of roll_vllm; leave out "
+            "resource_placement_groups and use distributed_executor_backend='mp' or None"
+        )
+    device = devices.detect()
+    arguments = _engine_arguments(engine_args, device)
+    changes: dict[str, str | None] = dict(
+        environment.worker_environment(
+            worker_name=worker_name if worker_name is not None else os.environ.get("WORKER_NAME"),
+            device_kind=device.kind,
+            vllm_version=installed.version,
+            port=environment.free_port(),
+            environ=os.environ,
+        )
+    )
+    changes.update(_cpu_binding(arguments, device))
+    environment.ensure_cache_directory(Path(str(changes["VLLM_CACHE_ROOT"])))
+    environment.ensure_cache_directory(Path(str(changes["FLASHINFER_WORKSPACE_BASE"])))
+
+    # Importing vLLM sets variables that it also needs later; only what starting an engine sets is put back.
+    from roll_vllm.engine import RolloutEngine
+
+    with environment.AppliedEnvironment(changes), environment.left_as_found():
+        _release_expandable_segments(device)
+        try:
+            return await RolloutEngine.start(_checked(arguments), allow_dummy_weights=allow_dummy_weights)
+        except RollVllmError:
+            raise
+        except Exception as error:
+            if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
+                raise EngineOutOfMemoryError(f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}") from error
+            raise
+
+
+def _engine_arguments(given: Mapping[str, Any], device: Device) -> dict[str, Any]:
+    """ROLL's defaults, the caller's arguments, and what the runtime itself needs."""
+    arguments = {**ROLL_DEFAULTS, "worker_extension_cls": _EXTENSION, **given}
+    if given.get("enable_sleep_mode") is False:
+        raise ConfigurationError("enable_sleep_mode=False: the rollout engine always has sleep mode; leave it out")
+    # vLLM refuses its own sleep mode on CPU; there the runtime's takes its place.
+    arguments["enable_sleep_mode"] = device.kind != "cpu"
+    if arguments["worker_extension_cls"] != _EXTENSION:
+        _check_extension(arguments["worker_extension_cls"])
+    return arguments
+
+
+def _check_extension(qualname: Any) -> None:
+    import pkgutil
+
+    from roll_vllm.worker.extension import RollVllmWorkerExtension
+
+    try:
+        extension = pkgutil.resolve_name(qualname)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"worker_extension_cls {qualname!r} cannot be imported: {error}") from error
+    if not (isinstance(extension, type) and issubclass(extension, RollVllmWorkerExtension)):
+        raise ConfigurationError(
+            f"worker_extension_cls {qualname!r} must derive from {_EXTENSION}, which the rollout engine needs"
+        )
+
+
+def _checked(arguments: dict[str, Any]) -> Any:
+    """The arguments as vLLM's ``AsyncEngineArgs``; unknown names and unreadable models are one clear error."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigurationError(f"vLLM has no engine argument {name!r}{hint}")
+    model = arguments.get("model")
+    if not model:
+        raise ConfigurationError("model is missing; give the path of a model directory or a model's name")
+    path = Path(str(model)).expanduser()
+    looks_local = path.is_absolute() or str(model).startswith((".", "~"))
+    if looks_local and not (path / "config.json").is_file():
+        raise ConfigurationError(f"the model {model} has no readable config.json; give the directory that holds it")
+    return AsyncEngineArgs(**arguments)
+
+
+def _cpu_binding(arguments: Mapping[str, Any], device: Device) -> dict[str, str]:
+    """Several CPU ranks share the cores: vLLM would bind one NUMA node to each, which most hosts do not have."""
+    ranks = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
+    if device.kind != "cpu" or ranks == 1 or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def _release_expandable_segments(device: Device) -> None:
+    if device.kind not in ("cuda", "rocm"):
+        return
+    import torch
+
+    # The variable alone comes too late for an allocator that already runs in this process.
+    if torch.cuda.is_initialized():
+        torch.cuda.memory._set_allocator_settings(environment.allocator_setting(os.environ))

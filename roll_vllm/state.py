@@ -1,0 +1,74 @@
+"""The engine's state as data: which weights it holds, what sleeps, which version."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+#: Tags in the order in which they must wake: buffers live with the weights.
+TAGS = ("weights", "kv_cache")
+
+
+class WeightsStatus(str, enum.Enum):
+    """What the engine's parameters hold."""
+
+    NEVER_LOADED = "never loaded"
+    UPDATING = "updating"
+    COMPLETE = "complete"
+    INCONSISTENT = "inconsistent"
+    DESTROYED = "destroyed"
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What one worker reports of itself.
+
+    Attributes:
+        rank: its rank in the engine.
+        pid: its process.
+        weights: what its parameters hold.
+        sleeping: the tags whose memory is given back.
+        resident_bytes: of the tags that are awake, by tag.
+        missing: parameters that the running update has not reached yet (at most ten are named).
+    """
+
+    rank: int
+    pid: int
+    weights: WeightsStatus
+    sleeping: frozenset[str]
+    resident_bytes: dict[str, int]
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What the engine as a whole can do now.
+
+    Attributes:
+        weights: what the parameters hold, the worst of all ranks.
+        weight_version: number of complete updates since the engine started; 0 before the first.
+        sleeping: tags asleep on at least one rank.
+        reason: why the weights are not complete, where that is known.
+        workers: one entry a rank, in rank order; empty in the frontend's own copy.
+    """
+
+    weights: WeightsStatus
+    weight_version: int = 0
+    sleeping: frozenset[str] = frozenset()
+    reason: str = ""
+    workers: tuple[WorkerState, ...] = field(default=(), compare=False)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether any memory is given back."""
+        return bool(self.sleeping)
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the parameters are one complete set of trainer weights."""
+        return self.weights is WeightsStatus.COMPLETE
+
+    @property
+    def ready(self) -> bool:
+        """Whether generation may run."""
+        return self.consistent and not self.sleeping

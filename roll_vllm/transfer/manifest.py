@@ -1,0 +1,152 @@
+"""What a transfer holds: names, dtypes, shapes and places, as plain JSON.
+
+Payloads come from another process, so nothing here unpickles: a payload is parsed, checked field by field,
+and refused with one error when it does not fit together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from roll_vllm.errors import WeightUpdateError
+
+FORMAT = "roll_vllm.bucket/1"
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
+
+#: Element size in bytes of every dtype that may travel, by its torch name.
+ELEMENT_SIZE: Mapping[str, int] = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+def dtype_name(dtype: Any) -> str:
+    """The torch name of ``dtype`` (``torch.bfloat16``, ``"torch.bfloat16"`` or ``"bfloat16"``).
+
+    Raises:
+        WeightUpdateError: no tensor of that dtype may travel.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in ELEMENT_SIZE:
+        raise WeightUpdateError(
+            f"dtype {dtype!r} cannot be sent; send one of {', '.join(ELEMENT_SIZE)} "
+            "(cast the tensor first, or give the dtype by its torch name)"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor to be sent: checkpoint name, torch dtype name, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of the contiguous tensor."""
+        return prod(self.shape) * ELEMENT_SIZE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dtype}, shape {list(self.shape)})"
+
+
+def specs_from(names: Iterable[str], dtypes: Iterable[Any], shapes: Iterable[Iterable[int]]) -> list[TensorSpec]:
+    """Build specs from ROLL's three parallel lists.
+
+    Raises:
+        WeightUpdateError: the lists differ in length, or an entry is not a name, dtype or shape.
+    """
+    columns = list(names), list(dtypes), [tuple(int(size) for size in shape) for shape in shapes]
+    if len({len(column) for column in columns}) != 1:
+        counts = ", ".join(f"{len(c)} {label}" for c, label in zip(columns, ("names", "dtypes", "shapes"), strict=True))
+        raise WeightUpdateError(f"names, dtypes and shapes must have one entry per tensor, got {counts}")
+    return [
+        TensorSpec(str(name), dtype_name(dtype), shape) for name, dtype, shape in zip(*columns, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One tensor of a bucket and its first byte in the segment."""
+
+    spec: TensorSpec
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """The byte after the tensor's last one."""
+        return self.offset + self.spec.nbytes
+
+
+@dataclass(frozen=True)
+class BucketManifest:
+    """The content of one bucket: a shared-memory segment and the tensors laid out in it.
+
+    Attributes:
+        segment: path of the file behind the segment.
+        size: length of the segment in bytes.
+        placements: the tensors; they may lie anywhere inside the segment, aligned to their element size.
+    """
+
+    segment: str
+    size: int
+    placements: tuple[Placement, ...]
+
+    def encode(self) -> bytes:
+        """The manifest as UTF-8 JSON, to be passed to ``update_parameter_in_bucket``."""
+        tensors = [[p.spec.name, p.spec.dtype, list(p.spec.shape), p.offset] for p in self.placements]
+        document = {"format": FORMAT, "segment": self.segment, "size": self.size, "tensors": tensors}
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, payload: Any) -> BucketManifest:
+        """Parse and check a payload.
+
+        Raises:
+            WeightUpdateError: the payload is not one of ours, or its parts do not fit together.
+        """
+        try:
+            document = json.loads(payload)
+            if document["format"] != FORMAT:
+                raise ValueError(f"format {document['format']!r}")
+            placements = tuple(
+                Placement(TensorSpec(str(name), dtype_name(dtype), tuple(map(int, shape))), int(offset))
+                for name, dtype, shape, offset in document["tensors"]
+            )
+            manifest = cls(str(document["segment"]), int(document["size"]), placements)
+        except WeightUpdateError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise WeightUpdateError(
+                f"the payload is not a {FORMAT} bucket ({type(error).__name__}: {error}); pack it with "
+                "roll_vllm.BucketSender or roll_vllm.serialize_named_weights. Pickled payloads are never loaded"
+            ) from error
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        seen: set[str] = set()
+        for placement in self.placements:
+            spec = placement.spec
+            if spec.name in seen:
+                raise WeightUpdateError(f"{spec.name} is listed twice in one bucket; send each tensor once")
+            seen.add(spec.name)
+            if any(size < 0 for size in spec.shape) or placement.offset % ELEMENT_SIZE[spec.dtype]:
+                raise WeightUpdateError(f"{spec}: impossible shape or unaligned offset {placement.offset}")
+            if not 0 <= placement.offset <= placement.end <= self.size:
+                raise WeightUpdateError(
+                    f"{spec} should lie in bytes {placement.offset}..{placement.end} of its bucket, which has only "
+                    f"{self.size}: the bucket does not match its metadata; pack it again"
+                )
+
+
+def align(offset: int) -> int:
+    """The first aligned byte at or after ``offset``."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT

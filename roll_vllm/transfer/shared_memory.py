@@ -1,0 +1,130 @@
+"""Memory that two processes of one host map at the same time.
+
+A segment is a file, in ``/dev/shm`` where there is one, mapped by torch. ``multiprocessing.shared_memory``
+is not used because before Python 3.13 every process that attaches also deletes the segment when it exits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import uuid
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roll_vllm.errors import ConfigurationError, WeightUpdateError
+
+if TYPE_CHECKING:
+    import torch
+
+_PREFIX = "roll_vllm-"
+_OWNER = re.compile(rf"^{_PREFIX}(\d+)-[0-9a-f]+$")
+
+
+def directory() -> Path:
+    """Where segments live: ``$ROLL_VLLM_SHM_DIR``, else ``/dev/shm``, else the temporary directory."""
+    chosen = os.environ.get("ROLL_VLLM_SHM_DIR")
+    if chosen:
+        return Path(chosen)
+    shm = Path("/dev/shm")
+    return shm if shm.is_dir() else Path(tempfile.gettempdir())
+
+
+def sweep() -> None:
+    """Delete the segments of processes that died without deleting their own."""
+    for path in directory().glob(f"{_PREFIX}*"):
+        match = _OWNER.match(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Segment:
+    """A segment owned by this process.
+
+    Args:
+        size: length in bytes.
+
+    Attributes:
+        path: the file behind it; other processes map it with :func:`attach`.
+        memory: uint8 tensor of shape ``[size]`` over the whole segment.
+
+    Raises:
+        ConfigurationError: the file system behind the segment has no room for it.
+    """
+
+    def __init__(self, size: int) -> None:
+        import torch
+
+        sweep()
+        self.path = directory() / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                # Reserve now: a sparse file would end in SIGBUS at the first write the file system has no room for.
+                os.posix_fallocate(descriptor, 0, max(size, 1))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise ConfigurationError(
+                f"cannot reserve {size} bytes of shared memory in {self.path.parent}: {error}. Enlarge it (for a "
+                "container, its shm size), use a smaller bucket_bytes, or point ROLL_VLLM_SHM_DIR elsewhere"
+            ) from error
+        self.memory: torch.Tensor = _map(self.path, size)
+        self._finalizer = weakref.finalize(self, _unlink_in, os.getpid(), self.path)
+
+    def close(self) -> None:
+        """Delete the file. Mappings that exist stay valid until their tensors are gone."""
+        self._finalizer()
+
+
+def attach(path: str, size: int) -> torch.Tensor:
+    """Map another process's segment.
+
+    Returns:
+        uint8 tensor of shape ``[size]``.
+
+    Raises:
+        WeightUpdateError: there is no such segment, or it is shorter than ``size`` bytes.
+    """
+    file = Path(path)
+    if file.parent.resolve() != directory().resolve() or not _OWNER.match(file.name):
+        raise WeightUpdateError(f"{path} is not a shared-memory segment of roll_vllm in {directory()}")
+    try:
+        found = file.stat().st_size
+    except OSError as error:
+        raise WeightUpdateError(
+            f"the sender's segment {path} is gone ({error.strerror}): keep the sender open until the engine "
+            "has confirmed the update, and run both on one host"
+        ) from error
+    if found < size:
+        raise WeightUpdateError(
+            f"the segment {path} has {found} bytes, its metadata says {size}: pack the bucket again"
+        )
+    return _map(file, size)
+
+
+def _map(path: Path, size: int) -> torch.Tensor:
+    import torch
+
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+
+def _unlink_in(owner: int, path: Path) -> None:
+    # A forked child inherits the finalizer, but the segment is not its own.
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,364 @@
+"""Putting a trainer's tensors into the engine's parameters: completely, or with an error.
+
+vLLM's own ``load_weights`` decides where a checkpoint tensor goes (fused, sharded, padded). It says neither
+whether every parameter was reached nor whether every tensor went somewhere, and it costs several times the
+copy. So the first update runs through it while a recorder watches every write; from the record comes a
+*route* for each tensor: which part of it goes to which part of which parameter. Each route is checked by
+checksum before it is trusted. Later updates replay the routes as one grouped copy; a tensor without a
+trusted route goes through ``load_weights`` again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from roll_vllm.errors import WeightUpdateError
+from roll_vllm.transfer.manifest import TensorSpec, dtype_name
+from roll_vllm.worker.checksums import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
+
+NamedTensorList = Sequence[tuple[str, torch.Tensor]]
+
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Region:
+    """A strided part of a storage, in elements."""
+
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, origin: int = 0) -> Region:
+        """Where ``tensor`` lies in its storage, counted from element ``origin``."""
+        return cls(tensor.storage_offset() - origin, tuple(tensor.shape), tuple(tensor.stride()))
+
+    def view(self, base: torch.Tensor, origin: int = 0) -> torch.Tensor:
+        """This part of ``base``'s storage as a tensor."""
+        return base.as_strided(self.size, self.stride, self.offset + origin)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.size)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One write into a parameter: a copy of part of the sent tensor, or a constant."""
+
+    parameter: str
+    target: Region
+    source: Region | None = None
+    constant: float | None = None
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the write can be done again without asking the model."""
+        return self.source is not None or self.constant is not None
+
+
+@dataclass
+class Route:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+        spec: the tensor it was learned from; others must agree in dtype and shape.
+        writes: everything that loading it writes.
+        trusted: every write is replayable, and replaying gives what ``load_weights`` gave.
+    """
+
+    spec: TensorSpec
+    writes: list[Write]
+    trusted: bool = False
+    targets: list[tuple[torch.Tensor, Write]] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every write into a parameter's storage, and which incoming tensor it came from."""
+
+    def __init__(self, owners: dict[int, str], pairs: NamedTensorList) -> None:
+        super().__init__()
+        self.writes: dict[str, list[Write]] = defaultdict(list)
+        self.current = ""
+        self._owners = owners
+        self._spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name, t) for name, t in pairs if t.nbytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        written = [
+            value for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor)
+        ]  # fmt: skip
+        for target in written:
+            parameter = self._owners.get(target.untyped_storage()._cdata)
+            if parameter is not None:
+                self._note(func, parameter, target, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, func: Any, parameter: str, target: torch.Tensor, args: Any) -> None:
+        name, source, constant = self.current, None, None
+        if func is torch.ops.aten.copy_.default:
+            found = self._sender_of(args[1])
+            if found is not None:
+                name, sent = found
+                if args[1].dtype != target.dtype:
+                    raise WeightUpdateError(
+                        f"{name} has dtype {dtype_name(args[1].dtype)}, but {parameter} holds "
+                        f"{dtype_name(target.dtype)}: cast it to torch.{dtype_name(target.dtype)} before sending"
+                    )
+                if args[1].shape == target.shape:
+                    source = Region.of(args[1], sent.storage_offset())
+        elif func is torch.ops.aten.fill_.Scalar:
+            constant = args[1]
+        elif func is torch.ops.aten.zero_.default:
+            constant = 0.0
+        self.writes[name].append(Write(parameter, Region.of(target), source, constant))
+
+    def _sender_of(self, source: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        for start, end, name, tensor in self._spans:
+            if start <= source.data_ptr() < end and source.element_size() == tensor.element_size():
+                return name, tensor
+        return None
+
+
+class WeightLoader:
+    """Loads complete sets of weights into one worker's model.
+
+    Args:
+        model: the worker's part of the model, with vLLM's ``load_weights``.
+        tied: whether the model ties ``lm_head`` to its embeddings.
+    """
+
+    def __init__(self, model: torch.nn.Module, tied: bool) -> None:
+        self._model = model
+        self._tied = tied
+        self._routes: dict[str, Route] = {}
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._owners: dict[int, str] = {}
+        self._known_complete: set[frozenset[str]] = set()
+        self.rescan()
+        self.begin()
+
+    def rescan(self) -> None:
+        """Look at the model's parameters again; forget all routes when their storages changed."""
+        parameters: dict[str, torch.nn.Parameter] = {}
+        owners: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters():
+            if owners.setdefault(parameter.untyped_storage()._cdata, name) == name:
+                parameters[name] = parameter
+        if owners != self._owners:
+            self._routes.clear()
+            self._known_complete.clear()
+        self._parameters, self._owners = parameters, owners
+
+    def begin(self) -> None:
+        """Start a new set: nothing is received yet."""
+        self._received: set[str] = set()
+        self._tied_heads: dict[str, torch.Tensor] = {}
+        #: Whether this set has written to a parameter.
+        self.dirty = False
+        #: Tensors that went through ``load_weights`` and by route in this set.
+        self.loaded = 0
+        self.replayed = 0
+
+    def load(self, pairs: NamedTensorList) -> None:
+        """Load some tensors of the set.
+
+        Args:
+            pairs: checkpoint names and tensors on the model's device; not kept.
+
+        Raises:
+            WeightUpdateError: a name, dtype or shape is wrong. ``dirty`` tells whether anything was written.
+        """
+        wanted = [(name, tensor) for name, tensor in pairs if not self._set_aside(name, tensor)]
+        for name, tensor in wanted:
+            self._check(name, tensor)
+        routed = [(name, tensor) for name, tensor in wanted if self._trusted(name)]
+        others = [(name, tensor) for name, tensor in wanted if not self._trusted(name)]
+        with torch.no_grad():
+            if routed:
+                self._replay(routed)
+            if others:
+                self._learn(others)
+        self._received.update(name for name, _ in wanted)
+
+    def touches_parameters(self, names: Iterable[str]) -> bool:
+        """Whether any of the tensors would be written (a tied ``lm_head`` alone would not)."""
+        return not all(self._is_set_aside(name) for name in names)
+
+    def missing(self) -> list[str]:
+        """Parameters of which the set has not yet reached every element."""
+        received = frozenset(self._received)
+        if received in self._known_complete:
+            return []
+        missing = list(self._uncovered())
+        if not missing:
+            self._known_complete.add(received)
+        return missing
+
+    def finish(self) -> None:
+        """Check that the set is complete, tied heads included.
+
+        Raises:
+            WeightUpdateError: a parameter was not reached, or a tied head differs from its embeddings.
+        """
+        missing = self.missing()
+        if missing:
+            raise WeightUpdateError(
+                f"the update reached {len(self._parameters) - len(missing)} of {len(self._parameters)} parameters; "
+                f"not (completely) reached: {_some(missing)}. Send every tensor of the checkpoint"
+            )
+        self.check_tied_heads()
+
+    def check_tied_heads(self) -> None:
+        """Check the heads that were sent beside the embeddings they are tied to, and drop them.
+
+        Raises:
+            WeightUpdateError: one of them differs.
+        """
+        heads, self._tied_heads = self._tied_heads, {}
+        for name, head in heads.items():
+            self._check_tied(name, head)
+
+    # -- one tensor ---------------------------------------------------------------------------------------
+
+    def _is_set_aside(self, name: str) -> bool:
+        # vLLM recomputes rotary tables and skips a tied head; neither has a parameter of its own.
+        return name.endswith("rotary_emb.inv_freq") or (self._tied and name.endswith("lm_head.weight"))
+
+    def _set_aside(self, name: str, tensor: torch.Tensor) -> bool:
+        if not self._is_set_aside(name):
+            return False
+        if name.endswith("lm_head.weight"):
+            self._tied_heads[name] = tensor.clone()
+        return True
+
+    def _check_tied(self, name: str, head: torch.Tensor) -> None:
+        embeddings = [route for key, route in self._routes.items() if key.endswith("embed_tokens.weight")]
+        for route in embeddings:
+            agrees = tuple(head.shape) == route.spec.shape and dtype_name(head.dtype) == route.spec.dtype
+            for write in route.writes if agrees else ():
+                if write.source is None:
+                    continue
+                target = write.target.view(self._parameters[write.parameter].data)
+                agrees = agrees and checksum(write.source.view(head, head.storage_offset())) == checksum(target)
+            if not agrees:
+                raise WeightUpdateError(
+                    f"{name} differs from {route.spec.name}, but the model ties them: send the same tensor, or "
+                    f"leave {name} out"
+                )
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        route = self._routes.get(name)
+        if route is not None and route.spec != spec:
+            raise WeightUpdateError(
+                f"{spec} does not fit: the engine takes it as {route.spec.dtype}, shape {list(route.spec.shape)}. "
+                "Nothing of this bucket was loaded; send the tensor in that form"
+            )
+        dtypes = {dtype_name(parameter.dtype) for parameter in self._parameters.values()}
+        if spec.dtype not in dtypes:
+            raise WeightUpdateError(
+                f"{spec} has a dtype that no parameter of this engine has; cast it to one of "
+                f"{', '.join(sorted(f'torch.{d}' for d in dtypes))} before sending. Nothing of this bucket was loaded"
+            )
+
+    def _trusted(self, name: str) -> bool:
+        return name in self._routes and self._routes[name].trusted
+
+    # -- loading ------------------------------------------------------------------------------------------
+
+    def _replay(self, pairs: NamedTensorList) -> None:
+        targets, sources = [], []
+        for name, tensor in pairs:
+            origin = tensor.storage_offset()
+            for target, write in self._routes[name].targets:
+                if write.source is not None:
+                    targets.append(target)
+                    sources.append(write.source.view(tensor, origin))
+                elif write.constant is not None:
+                    target.fill_(write.constant)
+        self.dirty = True
+        torch._foreach_copy_(targets, sources)
+        self.replayed += len(pairs)
+
+    def _learn(self, pairs: NamedTensorList) -> None:
+        recorder = _Recorder(self._owners, pairs)
+        architecture = type(self._model).__name__
+
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in pairs:
+                recorder.current = name
+                yield name, tensor
+
+        try:
+            with recorder:
+                self._model.load_weights(stream())  # type: ignore[operator]
+        except WeightUpdateError:
+            raise
+        except Exception as error:
+            # Upstream's loaders answer with a bare KeyError or assertion.
+            name, tensor = recorder.current, dict(pairs).get(recorder.current)
+            described = f"{name} ({dtype_name(tensor.dtype)}, shape {list(tensor.shape)})" if tensor is not None else name
+            raise WeightUpdateError(
+                f"{architecture} cannot load {described}: {type(error).__name__}: {error}. Check the name and the "
+                "shape against the checkpoint the engine was configured with"
+            ) from error
+        finally:
+            self.dirty = self.dirty or any(recorder.writes.values())
+        unmatched = [name for name, _ in pairs if not recorder.writes.get(name)]
+        if unmatched:
+            raise WeightUpdateError(
+                f"{_some(unmatched)} match no parameter of {architecture}; send only tensors of its checkpoint"
+            )
+        for name, tensor in pairs:
+            self._routes[name] = self._route(name, tensor, recorder.writes[name])
+        self.loaded += len(pairs)
+
+    def _route(self, name: str, tensor: torch.Tensor, writes: list[Write]) -> Route:
+        route = Route(TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)), writes)
+        route.targets = [(write.target.view(self._parameters[write.parameter].data), write) for write in writes]
+        origin = tensor.storage_offset()
+        route.trusted = all(
+            write.replayable
+            and (write.source is None or checksum(write.source.view(tensor, origin)) == checksum(target))
+            for target, write in route.targets
+        )
+        if not route.trusted:
+            logger.warning("weight %s cannot be replayed as a copy; it always goes through load_weights", name)
+        return route
+
+    def _uncovered(self) -> Iterator[str]:
+        regions: dict[str, list[Region]] = defaultdict(list)
+        for name in self._received:
+            for write in self._routes[name].writes:
+                regions[write.parameter].append(write.target)
+        for name, parameter in self._parameters.items():
+            storage_elements = parameter.untyped_storage().nbytes() // parameter.element_size()
+            if sum(region.numel for region in regions[name]) < parameter.numel():
+                yield name
+                continue
+            mask = torch.zeros(storage_elements, dtype=torch.bool)
+            for region in regions[name]:
+                region.view(mask).fill_(True)
+            if not bool(Region.of(parameter.data).view(mask).all()):
+                yield name
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
