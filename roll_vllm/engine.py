@@ -109,7 +109,7 @@ class RolloutEngine(AsyncLLM):  # type: ignore[misc]
                     raise self.dead_error
                 await asyncio.sleep(_DRAIN_POLL_S)
         else:
-            await self.abort([*processor.parent_requests, *processor.request_states])
+            await self.abort_all()
 
     # -- remote calls ---------------------------------------------------------------------------------------
 
@@ -176,6 +176,33 @@ class RolloutEngine(AsyncLLM):  # type: ignore[misc]
             EngineAsleepError: the weights are asleep.
         """
         return await self._workers("checksums")
+
+    async def worker_environment(self, names: Sequence[str]) -> list[dict[str, str | None]]:
+        """The values of environment variables inside each worker, in rank order; None where unset."""
+        return await self._workers("environment", list(names))
+
+    async def ping(self, delays: Sequence[float] = (), timeout: float | None = None) -> list[int]:
+        """Every worker's rank, in rank order: do all of them answer?
+
+        Args:
+            delays: seconds that each rank waits before it answers, by rank; none by default.
+            timeout: seconds to wait for all of them.
+
+        Raises:
+            TimeoutError: some did not answer in time.
+        """
+        answers = await self.collective_rpc("roll_vllm_call", timeout, ("ping", [list(delays)]))
+        return [answer["value"] for answer in answers]
+
+    def unfinished_requests(self) -> dict[str, int]:
+        """What the frontend still keeps: the number of ``requests`` and of ``parents`` (``n > 1``)."""
+        processor = self.output_processor
+        return {"requests": len(processor.request_states), "parents": len(processor.parent_requests)}
+
+    async def abort_all(self) -> None:
+        """Abort everything that runs or waits in the scheduler; the callers get what was generated."""
+        processor = self.output_processor
+        await self.abort([*processor.parent_requests, *processor.request_states])
 
     async def _refresh(self, **changes: Any) -> EngineState:
         self._gate.state = dataclasses.replace(await self.state(), workers=(), **changes)

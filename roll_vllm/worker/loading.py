@@ -268,7 +268,7 @@ class WeightLoader:
         if route is not None and route.spec != spec:
             raise WeightUpdateError(
                 f"{spec} does not fit: the engine takes it as {route.spec.dtype}, shape {list(route.spec.shape)}. "
-                "Nothing of this bucket was loaded; send the tensor in that form"
+                "Nothing of this bucket was loaded; cast or reshape the tensor before sending"
             )
         dtypes = {dtype_name(parameter.dtype) for parameter in self._parameters.values()}
         if spec.dtype not in dtypes:

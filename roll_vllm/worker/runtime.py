@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,12 @@ class WorkerRuntime:
         if "weights" in self._memory.sleeping:
             raise EngineAsleepError("the weights are asleep; wake them (load_states()) before asking for checksums")
         return model_checksums(self._model)
+
+    def ping(self, delays: Sequence[float]) -> int:
+        """This worker's rank, after ``delays[rank]`` seconds where that is given."""
+        rank = int(self._worker.rank)
+        time.sleep(delays[rank] if rank < len(delays) else 0)
+        return rank
 
     def environment(self, names: Sequence[str]) -> dict[str, str | None]:
         """The values of the variables in this process; None where unset."""

@@ -1,0 +1,99 @@
+"""How the suite finds out what an engine really holds and really says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from roll_vllm.worker.checksums import checksum
+
+if TYPE_CHECKING:
+    from pytest_roll_vllm.engines import EngineHandle
+    from pytest_roll_vllm.trainer import Trainer
+
+PROBE_TOKENS = 12
+
+#: Highest absolute log-probability differences to the reference, by dtype: (mean, maximum).
+PARITY = {"float32": (1e-4, 1e-3), "bfloat16": (0.02, 0.15)}
+
+
+async def assert_holds(engine: EngineHandle, trainer: Trainer, version: int) -> None:
+    """The engine's parameters are the trainer's, byte for byte, and it says what that version must say."""
+    expected = {name: checksum(tensor) for name, tensor in trainer.engine_tensors(version).items()}
+    found = (await engine.checksums())[0]
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    assert not wrong, f"{len(wrong)} of {len(expected)} parameters are not those of version {version}: {wrong[:5]}"
+    await assert_says(engine, trainer, version)
+
+
+async def assert_says(engine: EngineHandle, trainer: Trainer, version: int) -> None:
+    """The greedy continuations that are known for a version are what the engine generates."""
+    probes = trainer.model.probes(version)
+    longest = max((len(probe.expected_token_ids) for probe in probes), default=0)
+    said = await engine.greedy([probe.prompt_token_ids for probe in probes], longest)
+    for probe, tokens in zip(probes, said, strict=True):
+        wanted = probe.expected_token_ids
+        assert tokens[: len(wanted)] == wanted, (
+            f"after {probe.prompt_token_ids[-5:]}, version {version} says {wanted}, the engine says {tokens}"
+        )
+
+
+async def assert_parity(
+    engine: EngineHandle, trainer: Trainer, version: int, prompts: Iterable[Sequence[int]], max_tokens: int = 24
+) -> None:
+    """The engine's log-probabilities of its own greedy tokens are the reference forward pass's."""
+    outputs = await asyncio.gather(
+        *(engine.complete(list(p), temperature=0.0, max_tokens=max_tokens, logprobs=0) for p in prompts)
+    )
+    differences = []
+    for output in outputs:
+        prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+        rows = trainer.reference.logprobs([prompt + tokens], version)[0][len(prompt) - 1 :]
+        for row, token, entry in zip(rows, tokens, output.outputs[0].logprobs, strict=True):
+            differences.append(abs(float(row[token]) - entry[token].logprob))
+    mean, highest = sum(differences) / len(differences), max(differences)
+    mean_bound, highest_bound = PARITY[trainer.model.dtype]
+    assert mean <= mean_bound, f"log-probabilities differ from the trainer's by {mean:.2g} on average"
+    assert highest <= highest_bound, f"a log-probability differs from the trainer's by {highest:.2g}"
+
+
+async def pids(engine: EngineHandle) -> list[int]:
+    """The worker processes, in rank order."""
+    return [worker.pid for worker in (await engine.state()).workers]
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """What the operating system says that the processes hold in memory of their own, shared memory left out."""
+    usage = [psutil.Process(pid).memory_info() for pid in pids]
+    return sum(int(one.rss - getattr(one, "shared", 0)) for one in usage)
+
+
+def processes_below(pid: int) -> list[psutil.Process]:
+    """All descendants of a process."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def still_running(processes: Iterable[psutil.Process]) -> list[str]:
+    """Those that are alive; a zombie is not."""
+    alive = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(f"{process.pid} {process.name()}")
+        except psutil.NoSuchProcess:
+            continue
+    return alive
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
+    """Whether the condition came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

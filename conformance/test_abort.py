@@ -1,0 +1,117 @@
+"""Aborting ends the request, keeps what was generated, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from conformance.oracles import pids, resident_bytes
+from pytest_roll_vllm.contracts import contract
+from pytest_roll_vllm.engines import EngineHandle
+from pytest_roll_vllm.trainer import Trainer
+
+#: Far more than an engine generates before a test aborts it.
+LONG = {"max_tokens": 900, "temperature": 0.0}
+
+#: vLLM 0.8.4 ends an aborted request without any output.
+ABORT_ANSWERS = ">=0.10.2,<0.13"
+
+
+@contract(
+    "abort-unblocks-caller",
+    "Every caller whose request is aborted gets one final output within two seconds.",
+    references=("vllm-project/vllm#22197",),
+    versions=ABORT_ANSWERS,
+)
+async def test_aborted_callers_return(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
+    names = [f"unblock-{number}" for number in range(16)]
+    calls = [
+        asyncio.ensure_future(vllm_engine.complete(prompts[i % len(prompts)], request_id=name, **LONG))
+        for i, name in enumerate(names)
+    ]
+    await asyncio.sleep(0.3)
+    assert not any(call.done() for call in calls)
+    await vllm_engine.abort(names)
+    for output in await asyncio.wait_for(asyncio.gather(*calls), 2):
+        assert output.finished
+        assert output.outputs[0].finish_reason == "abort"
+
+
+@contract(
+    "abort-keeps-partial",
+    "An aborted request returns the tokens it had, a prefix of the whole answer; a queued one returns none.",
+    references=("verl-project/verl#4453", "NovaSky-AI/SkyRL#537", "sgl-project/sglang#11673"),
+    versions=ABORT_ANSWERS,
+)
+async def test_partial_outputs_survive(
+    vllm_engine: EngineHandle, vllm_engine_args: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    whole = (await vllm_engine.greedy([prompts[2]], 200))[0]
+    seats = int(vllm_engine_args["max_num_seqs"])
+    for seen in (2, 12):
+        names = [f"partial-{seen}-{number}" for number in range(seats + 4)]
+        streamed: set[int] = set()
+        progress = asyncio.Event()
+
+        async def one(
+            number: int, names: list[str] = names, seen: int = seen, streamed: Any = streamed, progress: Any = progress
+        ) -> Any:
+            kind = [RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY][number % 2]
+            last = None
+            async for last in vllm_engine.stream(
+                prompts[2], request_id=names[number], output_kind=kind, logprobs=0, **LONG
+            ):
+                if len(last.outputs[0].token_ids) >= seen:
+                    streamed.add(number)
+                if len(streamed) >= seats // 2:  # every second one streams, so all seats are taken
+                    progress.set()
+            return last
+
+        calls = [asyncio.ensure_future(one(number)) for number in range(len(names))]
+        await asyncio.wait_for(progress.wait(), 30)
+        await vllm_engine.abort(names)
+        completions = [output.outputs[0] for output in await asyncio.wait_for(asyncio.gather(*calls), 5)]
+        lengths = [len(completion.token_ids) for completion in completions]
+        assert sorted(lengths)[:4] == [0, 0, 0, 0], "the requests without a seat cannot have tokens"
+        assert all(lengths[:seats]), "a running request came back without its tokens"
+        for completion in completions:
+            tokens = list(completion.token_ids)[: len(whole)]
+            assert tokens == whole[: len(tokens)], "the partial answer is not a prefix of the whole one"
+            assert len(completion.logprobs) == len(completion.token_ids)
+
+
+@contract(
+    "abort-leaves-no-state",
+    "After many aborts and cancellations, also of n>1, neither the frontend nor the scheduler keeps anything.",
+    references=("vllm-project/vllm#14326", "vllm-project/vllm#51629", "vllm-project/vllm#57062"),
+)
+async def test_nothing_is_left(vllm_engine: EngineHandle, vllm_trainer: Trainer, prompts: list[list[int]]) -> None:
+    draw = random.Random(2)
+
+    async def rounds(count: int) -> None:
+        for number in range(count):
+            name, n = f"left-{draw.random()}", draw.choice([1, 8])
+            call = asyncio.ensure_future(vllm_engine.complete(prompts[number % 12], request_id=name, n=n, **LONG))
+            await asyncio.sleep(draw.choice([0, 0, 0.001, 0.02]))
+            if draw.random() < 0.5:
+                call.cancel()
+            elif n == 8 and draw.random() < 0.5:
+                await vllm_engine.abort([f"{index}_{name}" for index in range(8)])
+                await vllm_engine.abort(name)
+            else:
+                await vllm_engine.abort(name)
+                call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    await rounds(20)
+    before = resident_bytes(await pids(vllm_engine))
+    await rounds(100)
+    await asyncio.sleep(0.2)
+    assert vllm_engine.unfinished_requests() == {"requests": 0, "parents": 0}
+    # The scheduler refuses to empty its cache while any request holds blocks.
+    assert await vllm_engine.reset_prefix_cache() is not False, "the scheduler still holds blocks"
+    grown = resident_bytes(await pids(vllm_engine)) - before
+    assert grown < 20 * 2**20, f"the engine grew by {grown / 2**20:.0f} MiB"

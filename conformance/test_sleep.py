@@ -1,0 +1,210 @@
+"""Sleep gives memory back, wake restores what it must, and the state never lies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from conformance.oracles import assert_holds, assert_parity, pids, resident_bytes, wait_until
+from pytest_roll_vllm.contracts import contract
+from pytest_roll_vllm.engines import EngineHandle
+from pytest_roll_vllm.trainer import Trainer
+from roll_vllm import ConfigurationError, WeightsNotReadyError, WeightsStatus
+
+MiB = 2**20
+
+
+@contract(
+    "sl-level1-identity",
+    "After a level-1 sleep and wake, parameters, buffers and greedy answers are identical, and no stale KV is read.",
+    references=("vllm-project/vllm#49237",),
+)
+async def test_level_1_changes_nothing(
+    vllm_engine: EngineHandle, continuous_trainer: Trainer, prompts: list[list[int]]
+) -> None:
+    version = continuous_trainer.reference_version
+    await continuous_trainer.push(vllm_engine, version)
+    long_prompt = [token for prompt in prompts for token in prompt]
+    said, sums = await vllm_engine.greedy([*prompts, long_prompt], 12), await vllm_engine.checksums()
+    for _ in range(2):
+        await vllm_engine.offload_states(1)
+        assert await vllm_engine.is_sleeping()
+        await vllm_engine.load_states()
+        assert await vllm_engine.checksums() == sums
+        first = await vllm_engine.complete(long_prompt, temperature=0.0, max_tokens=2)
+        assert first.num_cached_tokens == 0, "the KV cache was given back, but its prefix cache still answers"
+        assert await vllm_engine.greedy([*prompts, long_prompt], 12) == said
+    await assert_parity(vllm_engine, continuous_trainer, version, prompts[:4])
+
+
+requires_reload = contract(
+    "sl-level2-requires-reload",
+    "After level 2 and wake the engine refuses to generate until a complete update; then it is as if fresh.",
+    references=("vllm-project/vllm#29341", "vllm-project/vllm#54235", "NVIDIA-NeMo/RL#2631"),
+)
+
+
+@requires_reload
+async def test_level_2_without_reload_is_refused(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+    await vllm_engine.offload_states(2)
+    await vllm_engine.load_states()
+    state = await vllm_engine.state()
+    assert not state.is_sleeping
+    assert state.weights is WeightsStatus.DESTROYED
+    with pytest.raises(WeightsNotReadyError, match="level 2"):
+        await asyncio.wait_for(vllm_engine.complete([1, 2, 3], max_tokens=2), 10)
+    await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version)
+    await assert_holds(vllm_engine, vllm_trainer, vllm_trainer.reference_version)
+
+
+@requires_reload
+async def test_requests_wait_for_the_reload(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+    version = vllm_trainer.reference_version + 2
+    await vllm_engine.offload_states(2)
+    waiting = asyncio.ensure_future(vllm_engine.complete([1, 2, 3], temperature=0.0, max_tokens=2))
+    await asyncio.sleep(0.3)
+    assert not waiting.done(), "a request ran on a sleeping engine"
+    await vllm_engine.load_states()
+    await asyncio.sleep(0.3)
+    assert not waiting.done(), "a request ran on weights that nobody sent"
+    await vllm_trainer.push(vllm_engine, version)
+    output = await asyncio.wait_for(waiting, 30)
+    assert output.weight_version == vllm_engine.weight_version
+    await assert_holds(vllm_engine, vllm_trainer, version)
+
+
+@contract(
+    "sl-level2-buffers",
+    "After level 2, wake and update every buffer is byte-identical, non-persistent ones and plain attributes too.",
+    references=("vllm-project/vllm#16564", "NVIDIA-NeMo/RL#2631"),
+)
+async def test_level_2_restores_buffers(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+    version = vllm_trainer.reference_version
+    before = (await vllm_engine.checksums())[0]
+    buffers = set(before) - set(vllm_trainer.engine_tensors(version)) - {"lm_head.weight"}
+    assert any("cos_sin_cache" in name for name in buffers), f"no rotary table among the buffers {sorted(buffers)}"
+    await vllm_engine.offload_states(2)
+    await vllm_engine.load_states()
+    await vllm_trainer.push(vllm_engine, version)
+    after = (await vllm_engine.checksums())[0]
+    changed = [name for name in buffers if after.get(name) != before[name]]
+    assert not changed, f"these buffers are not what they were: {changed}"
+    await assert_holds(vllm_engine, vllm_trainer, version)
+
+
+@contract(
+    "sl-tag-order",
+    "Weights and KV cache wake in any order, with the update in between; after each step the state says what is awake.",
+    references=("vllm-project/vllm#45619", "vllm-project/vllm#15254"),
+)
+@pytest.mark.parametrize(
+    "steps",
+    [["weights", "update", "kv_cache"], ["kv_cache", "weights", "update"], ["kv_cache", "update"], ["update", "kv_cache"]],
+    ids="-".join,
+)
+async def test_tag_order(vllm_engine: EngineHandle, vllm_trainer: Trainer, steps: list[str]) -> None:
+    version = vllm_trainer.reference_version + 1
+    buffers = (await vllm_engine.checksums())[0]
+    parameters = vllm_trainer.engine_tensors(version)
+    await vllm_engine.offload_states(2)
+    asleep = {"weights", "kv_cache"}
+    assert (await vllm_engine.state()).sleeping == asleep
+    for step in steps:
+        if step == "update":
+            await vllm_trainer.push(vllm_engine, version)
+            asleep.discard("weights")
+        else:
+            await vllm_engine.load_states([step])
+            asleep.discard(step)
+        state = await vllm_engine.state()
+        assert state.sleeping == asleep, f"after {step} the engine says that {set(state.sleeping)} sleep"
+        assert await vllm_engine.is_sleeping() == bool(asleep)
+    after = (await vllm_engine.checksums())[0]
+    assert {n: s for n, s in after.items() if n not in parameters} == {
+        n: s for n, s in buffers.items() if n not in parameters
+    }
+    await assert_holds(vllm_engine, vllm_trainer, version)
+
+
+@contract(
+    "sl-memory-freed",
+    "Sleep gives at least 90 % of its bytes back to the system: KV cache at level 1, weights and KV cache at level 2.",
+    references=("vllm-project/vllm#32714", "NVIDIA-NeMo/RL#223"),
+    backends=("cpu",),
+)
+@pytest.mark.parametrize("level", [1, 2])
+async def test_memory_returns(vllm_engine: EngineHandle, vllm_trainer: Trainer, level: int) -> None:
+    workers = await pids(vllm_engine)
+    # One cycle first: a KV cache that was never touched is not in memory, and cannot leave it.
+    await vllm_engine.offload_states(level)
+    await vllm_engine.load_states()
+    await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version)
+    await vllm_engine.greedy([[1, 2, 3]], 4)
+    held = [worker.resident_bytes for worker in (await vllm_engine.state()).workers]
+    wanted = sum(sum(by_tag.values()) if level == 2 else by_tag["kv_cache"] for by_tag in held)
+    assert wanted > 32 * MiB, "too little memory is at stake to be measured"
+    before = resident_bytes(workers)
+    await vllm_engine.offload_states(level)
+    freed = before - resident_bytes(workers)
+    assert freed >= 0.9 * wanted, f"{freed / MiB:.0f} MiB of {wanted / MiB:.0f} MiB came back to the system"
+
+
+@contract(
+    "sl-idempotent",
+    "Sleeping twice, waking twice or unasked, and unknown tags or levels are harmless or one clear error.",
+    references=("vllm-project/vllm#36651", "vllm-project/vllm#45565"),
+)
+async def test_any_sequence_is_safe(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+    version = vllm_trainer.reference_version
+    draw = random.Random(3)
+    calls = {
+        "sleep 1": lambda: vllm_engine.offload_states(1),
+        "sleep 2": lambda: vllm_engine.offload_states(2),
+        "wake": vllm_engine.load_states,
+        "wake weights": lambda: vllm_engine.load_states(["weights"]),
+        "wake kv": lambda: vllm_engine.load_states(["kv_cache"]),
+    }
+    sleeping: set[str] = set()
+    walk = [name for first in calls for second in calls for name in (first, second)]
+    for name in [*walk, *draw.choices(list(calls), k=30)]:
+        await calls[name]()
+        if name.startswith("sleep"):
+            sleeping |= {"kv_cache"} if name == "sleep 1" else {"kv_cache", "weights"}
+        else:
+            sleeping -= {"wake": {"kv_cache", "weights"}, "wake weights": {"weights"}, "wake kv": {"kv_cache"}}[name]
+        assert (await vllm_engine.state()).sleeping == sleeping, f"wrong state after {name!r}"
+    for wrong in (lambda: vllm_engine.load_states(["wieghts"]), lambda: vllm_engine.offload_states(3)):
+        with pytest.raises(ConfigurationError):
+            await wrong()
+    assert (await vllm_engine.state()).sleeping == sleeping
+    await vllm_engine.load_states()
+    await vllm_trainer.push(vllm_engine, version)
+    await assert_holds(vllm_engine, vllm_trainer, version)
+
+
+@contract(
+    "sl-state-truthful",
+    "is_sleeping and the state say what the workers' memory really is, however the engine was put to sleep.",
+    references=("vllm-project/vllm#49237", "vllm-project/vllm-ascend#12073"),
+    backends=("cpu",),
+)
+@pytest.mark.parametrize("call", ["offload_states", "sleep"])
+async def test_state_matches_memory(vllm_engine: EngineHandle, vllm_trainer: Trainer, call: str) -> None:
+    workers = await pids(vllm_engine)
+    await vllm_engine.offload_states(2)
+    await vllm_engine.load_states()
+    await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version)
+    awake = resident_bytes(workers)
+    assert not await vllm_engine.is_sleeping()
+    await getattr(vllm_engine, call)(2)
+    # What the engine says must follow what the system says, not what it was told last.
+    gone = wait_until(lambda: resident_bytes(workers) < awake - 32 * MiB, 2)
+    state = await vllm_engine.state()
+    assert gone == await vllm_engine.is_sleeping() == state.is_sleeping is True
+    assert all(worker.sleeping == {"weights", "kv_cache"} for worker in state.workers)
+    assert all(sum(worker.resident_bytes.values()) == 0 for worker in state.workers)
+    await vllm_engine.wake_up()
+    assert resident_bytes(workers) > awake - 16 * MiB
+    assert not await vllm_engine.is_sleeping()

@@ -1,0 +1,75 @@
+"""Contracts: sentences that an engine must keep, each proven by one or more tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+BACKENDS = ("cpu", "cuda", "rocm", "npu")
+VERSIONS = ">=0.8.4,<0.13"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a test proves.
+
+    Attributes:
+        id: Short name, in lower case: ``abort-unblocks-caller``.
+        sentence: What an engine must do.
+        versions: The vLLM versions it concerns, as a PEP 440 specifier.
+        backends: The kinds of device it concerns.
+        references: Where it comes from: issues, pull requests, papers.
+    """
+
+    id: str
+    sentence: str
+    versions: str = VERSIONS
+    backends: Sequence[str] = BACKENDS
+    references: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        from roll_vllm import versions
+
+        if not re.fullmatch(r"[a-z0-9]+([-.][a-z0-9]+)*", self.id):
+            raise ValueError(f"the id {self.id!r} must be lower-case words joined by '-'")
+        if not self.sentence.strip():
+            raise ValueError("the sentence is empty")
+        versions.satisfies("0", self.versions)  # raises if malformed
+        check_backends(self.backends)
+
+
+def contract(
+    id: str,
+    sentence: str,
+    *,
+    versions: str = VERSIONS,
+    backends: Sequence[str] = BACKENDS,
+    references: Sequence[str] = (),
+) -> pytest.MarkDecorator:
+    """Make a test function, or every test of a class, a test of a contract.
+
+    Several tests may carry one contract, with the same words: keep the decorator in a variable to share it.
+    The arguments are those of :class:`Contract`, and are checked when the test is collected. Off the given
+    versions and backends, the test does not run, and the contract is "not applicable".
+    """
+    return pytest.mark.vllm_contract(
+        id=id,
+        sentence=sentence,
+        versions=versions,
+        backends=tuple(backends),
+        references=tuple(references),
+    )
+
+
+def check_backends(kinds: Sequence[str]) -> None:
+    """Check that all kinds of device are known, and that there is one.
+
+    Raises:
+        ValueError: If not.
+    """
+    unknown = ", ".join(repr(kind) for kind in kinds if kind not in BACKENDS)
+    if unknown or not kinds:
+        raise ValueError(f"unknown backend {unknown or '(none)'}; choose from {', '.join(BACKENDS)}")

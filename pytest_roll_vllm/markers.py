@@ -1,0 +1,196 @@
+"""The markers: registration, signatures, selection by version, and the order of tests.
+
+``vllm_version`` and ``vllm_backend`` say where a test makes sense. Elsewhere it is *not applicable*, which
+is a skip that the test declared beforehand, in contrast to every other skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any
+
+import pytest
+
+from pytest_roll_vllm.contracts import Contract, check_backends
+from pytest_roll_vllm.options import Settings
+from pytest_roll_vllm.outcomes import CONTRACT, NOT_APPLICABLE
+from roll_vllm import versions
+
+CONTRACT_KEY = pytest.StashKey[Contract]()
+
+# A test that uses one of these runs on an engine, and belongs next to others that can share it.
+_ENGINE_FIXTURES = {"vllm_engine", "vllm_model"}
+
+
+def vllm_version(specifier: str) -> str:
+    """Check a call of the marker, and return its argument."""
+    versions.satisfies("0", specifier)  # raises if malformed
+    return specifier
+
+
+def vllm_backend(kind: str, *, count: int = 1) -> tuple[str, int]:
+    """Check a call of the marker, and return its arguments."""
+    check_backends([kind])
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count is {count!r}, and must be a whole number above 0")
+    return kind, count
+
+
+def vllm_engine_key(key: object) -> str:
+    """Check a call of the marker, and return its argument as text."""
+    return repr(key)
+
+
+_SIGNATURES: dict[str, Callable[..., Any]] = {
+    "vllm_version": vllm_version,
+    "vllm_backend": vllm_backend,
+    "vllm_contract": Contract,
+    "vllm_engine_key": vllm_engine_key,
+}
+_USAGE = {
+    "vllm_version": "vllm_version(specifier): run only with vLLM versions in the PEP 440 specifier",
+    "vllm_backend": "vllm_backend(kind, *, count=1): run only on devices of this kind, at least so many; "
+    "several kinds are alternatives",
+    "vllm_contract": "vllm_contract(id, sentence, *, versions, backends, references): "
+    "the test proves a contract; set it with pytest_roll_vllm.contracts.contract",
+    "vllm_engine_key": "vllm_engine_key(key): run next to the tests with the same key, "
+    "because they can share an engine",
+}
+
+
+def register(config: pytest.Config) -> None:
+    """Register all markers."""
+    for line in _USAGE.values():
+        config.addinivalue_line("markers", line)
+    for row in versions.TESTED:
+        config.addinivalue_line(
+            "markers", f"{row.marker}: the test applies to vLLM {row.release} (set automatically)"
+        )
+
+
+def calls(item: pytest.Item, name: str) -> list[Any]:
+    """Return the checked arguments of all markers of a name, the closest first.
+
+    Raises:
+        pytest.UsageError: If a marker was called wrongly.
+    """
+    return [_call(item, mark) for mark in item.iter_markers(name)]
+
+
+def uses_plugin(item: pytest.Item) -> bool:
+    """Whether a test has one of our markers or uses one of our fixtures."""
+    if any(mark.name in _SIGNATURES for mark in item.iter_markers()):
+        return True
+    # By definition and not by name: other projects have fixtures called vllm_something, too.
+    return any(module.startswith("pytest_roll_vllm.") for module, _ in _fixtures(item).values())
+
+
+def apply(items: Iterable[pytest.Item]) -> None:
+    """Check the markers of all tests, and mark each test of ours with the tested versions it applies to.
+
+    Raises:
+        pytest.UsageError: If a marker was called wrongly, or one contract was declared in two ways.
+    """
+    declared: dict[str, tuple[Contract, str]] = {}
+    for item in filter(uses_plugin, items):
+        calls(item, "vllm_backend")
+        specifiers = calls(item, "vllm_version")
+        # The closest one counts, so that a test in a class can have a contract of its own.
+        for contract in calls(item, "vllm_contract")[:1]:
+            first, where = declared.setdefault(contract.id, (contract, item.nodeid))
+            if first != contract:
+                raise pytest.UsageError(
+                    f"contract {contract.id!r} is declared in two ways, in {where}: {first}, "
+                    f"and in {item.nodeid}: {contract}. Give both the same words, or one another id."
+                )
+            item.stash[CONTRACT_KEY] = contract
+            item.user_properties.append((CONTRACT, contract.id))
+            specifiers.append(contract.versions)
+        for row in versions.TESTED:
+            if all(versions.satisfies(row.release, one) for one in specifiers):
+                item.add_marker(row.marker)
+
+
+def skip_unless_applicable(item: pytest.Item, settings: Settings) -> None:
+    """Skip a test that is not meant for this version or backend, and record why."""
+    reason = _wrong_version(item, settings) or _wrong_backend(item, settings)
+    if reason:
+        item.user_properties.append((NOT_APPLICABLE, reason))
+        pytest.skip(f"not applicable: {reason}")
+
+
+def group_by_engine(items: list[pytest.Item]) -> None:
+    """Move tests that can share an engine behind the first of them; all others keep their place."""
+    first: dict[object, int] = {}
+    places = [first.setdefault(engine_key(item) or item, index) for index, item in enumerate(items)]
+    items[:] = [item for _, item in sorted(zip(places, items, strict=True), key=itemgetter(0))]
+
+
+def engine_key(item: pytest.Item) -> str | None:
+    """Return what tests that can share an engine have in common, or ``None`` if a test needs no engine.
+
+    It is the argument of the marker ``vllm_engine_key``, or else the parameters of the ``vllm_`` fixtures and
+    the definitions that override ours.
+    """
+    keys: list[str] = calls(item, "vllm_engine_key")
+    if keys:
+        return keys[0]
+    fixtures = _fixtures(item)
+    if _ENGINE_FIXTURES.isdisjoint(fixtures) or not uses_plugin(item):
+        return None
+    callspec = getattr(item, "callspec", None)
+    parts = [(name, repr(value)) for name, value in callspec.params.items()] if callspec else []
+    parts += [
+        (name, ".".join(where))
+        for name, where in fixtures.items()
+        if not where[0].startswith("pytest_roll_vllm.")
+    ]
+    return repr(sorted(part for part in parts if part[0].startswith("vllm_")))
+
+
+def _fixtures(item: pytest.Item) -> dict[str, tuple[str, str]]:
+    """Return module and function of each fixture that a test uses."""
+    info = getattr(item, "_fixtureinfo", None)  # tests that are no functions, such as doctests, may have none
+    chains = info.name2fixturedefs.items() if info else ()
+    functions = ((name, chain[-1].func) for name, chain in chains if chain)  # the last one overrides others
+    return {name: (function.__module__, function.__qualname__) for name, function in functions}
+
+
+def _call(item: pytest.Item, mark: pytest.Mark) -> Any:
+    try:
+        return _SIGNATURES[mark.name](*mark.args, **mark.kwargs)
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(
+            f"{item.nodeid}: wrong use of a marker: {error}. The marker is {_USAGE[mark.name]}."
+        ) from error
+
+
+def _wrong_version(item: pytest.Item, settings: Settings) -> str:
+    contract = item.stash.get(CONTRACT_KEY, None)
+    wanted = calls(item, "vllm_version") + ([contract.versions] if contract else [])
+    if not wanted:
+        return ""
+    found = settings.installed
+    if found is None:
+        # Not "not applicable": without a vLLM nobody can tell.
+        pytest.skip(f"needs vLLM {' and '.join(wanted)}, and none is installed: `pip install vllm`")
+    if all(versions.satisfies(found.version, one) for one in wanted):
+        return ""
+    return f"needs vLLM {' and '.join(wanted)}, found {found.version}"
+
+
+def _wrong_backend(item: pytest.Item, settings: Settings) -> str:
+    contract = item.stash.get(CONTRACT_KEY, None)
+    needed: dict[str, int] = {}  # different kinds are alternatives; of one kind, the largest count is needed
+    for kind, count in calls(item, "vllm_backend"):
+        needed[kind] = max(count, needed.get(kind, 0))
+    if contract is None and not needed:
+        return ""
+    device = settings.device
+    found = f"found {device.count} {device.kind} ({device.reason})"
+    if contract and device.kind not in contract.backends:
+        return f"needs {' or '.join(contract.backends)}, {found}"
+    if needed and needed.get(device.kind, device.count + 1) > device.count:
+        return f"needs {' or '.join(f'{count} {kind}' for kind, count in needed.items())}, {found}"
+    return ""

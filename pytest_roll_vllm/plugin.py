@@ -1,0 +1,86 @@
+"""The hooks of the plugin; what they do is in the other modules. Imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+from pytest_roll_vllm import coroutines, markers, options, report, terminal
+from pytest_roll_vllm.fixtures import *  # noqa: F403 - pytest finds fixtures in the plugin module
+
+# The suite is a package of its own, whose assertions pytest would not explain otherwise.
+pytest.register_assert_rewrite(options.SUITE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    markers.register(config)
+    settings = config.stash[options.SETTINGS] = options.read(config)
+    if config.getoption("help") or config.getoption("version"):
+        return  # these must work whatever the settings are
+    settings.check()
+    if not options.is_worker(config):
+        options.check_suite(config)
+        recorder = config.stash[report.RECORDER] = report.Recorder(config)
+        config.pluginmanager.register(recorder, "roll-vllm-recorder")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return terminal.header(config.stash[options.SETTINGS]) if terminal.wants_header(config) else []
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    if terminal.wants_header(config) or config.get_verbosity() < 0:
+        return []
+    # Without any setting, only the tests tell that the run is ours.
+    return terminal.header(config.stash[options.SETTINGS]) if any(map(markers.uses_plugin, items)) else []
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    try:
+        markers.apply(items)
+        markers.group_by_engine(items)
+    except pytest.UsageError as error:
+        if not options.is_worker(config):
+            raise
+        # xdist would break without a word; what it does show is a failed collection.
+        items.clear()
+        failure = pytest.CollectReport("roll-vllm", "failed", str(error), [])
+        config.hook.pytest_collectreport(report=failure)
+
+
+@pytest.hookimpl(tryfirst=True)  # before an xdist worker says that it has collected
+def pytest_collection_finish(session: pytest.Session) -> None:
+    report.select(session)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    markers.skip_unless_applicable(item, item.config.stash[options.SETTINGS])
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    return coroutines.run(pyfuncitem)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    result = yield
+    report.attach_notes(item.config, result)
+    return result
+
+
+@pytest.hookimpl(trylast=True)  # after everything that can still note something
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not options.is_worker(session.config) and report.runs_tests(session.config):
+        session.config.stash[report.RECORDER].finish(session)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if report.runs_tests(config):
+        terminal.summarize(terminalreporter)
