@@ -75,7 +75,10 @@ async def test_refusals_say_what_to_do(
         (lambda: engine.update_parameter_in_bucket([payload(size=8)]), [name, "metadata", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(segment="/etc/passwd")]), ["segment", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(tensors=[[name, "float32", [1 << 40], 0]])]), [name]),
-        (lambda: engine.broadcast_parameter([name], ["float32"], [[4]], "nobody"), ["nobody", "setup_collective_group"]),
+        (
+            lambda: engine.broadcast_parameter([name], ["float32"], [[4]], "nobody"),
+            ["nobody", "setup_collective_group"],
+        ),
         (lambda: engine.broadcast_parameter([name], [], [[4]], "nobody"), ["names", "dtypes", "shapes"]),
         (lambda: engine.setup_collective_group("127.0.0.1", 1, 0, 2, "g", "gloo"), ["rank_offset", "world_size"]),
         (lambda: engine.weight_update("pigeon").__aenter__(), ["pigeon", "bucket", "collective"]),

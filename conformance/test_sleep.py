@@ -101,7 +101,12 @@ async def test_level_2_restores_buffers(vllm_engine: EngineHandle, vllm_trainer:
 )
 @pytest.mark.parametrize(
     "steps",
-    [["weights", "update", "kv_cache"], ["kv_cache", "weights", "update"], ["kv_cache", "update"], ["update", "kv_cache"]],
+    [
+        ["weights", "update", "kv_cache"],
+        ["kv_cache", "weights", "update"],
+        ["kv_cache", "update"],
+        ["update", "kv_cache"],
+    ],
     ids="-".join,
 )
 async def test_tag_order(vllm_engine: EngineHandle, vllm_trainer: Trainer, steps: list[str]) -> None:

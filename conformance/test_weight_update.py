@@ -91,9 +91,7 @@ class TestTied:
     @every_parameter
     @pytest.mark.vllm_engine_key("counting-tied")
     @pytest.mark.parametrize("send_head", [False, True], ids=["without head", "with head"])
-    async def test_tied_head_follows(
-        self, vllm_engine: EngineHandle, vllm_trainer: Trainer, send_head: bool
-    ) -> None:
+    async def test_tied_head_follows(self, vllm_engine: EngineHandle, vllm_trainer: Trainer, send_head: bool) -> None:
         version = vllm_trainer.reference_version + 3
         weights = vllm_trainer.weights(version)
         if send_head:
@@ -209,9 +207,7 @@ async def test_version_counts_updates(vllm_engine: EngineHandle, vllm_trainer: T
 
 @fail_closed
 @pytest.mark.parametrize("failure", ["shape", "dtype", "exception", "incomplete"])
-async def test_failed_update_refuses_generation(
-    vllm_engine: EngineHandle, vllm_trainer: Trainer, failure: str
-) -> None:
+async def test_failed_update_refuses_generation(vllm_engine: EngineHandle, vllm_trainer: Trainer, failure: str) -> None:
     import torch
 
     start = vllm_engine.weight_version
@@ -226,12 +222,16 @@ async def test_failed_update_refuses_generation(
         rest[victim] = rest[victim].to(torch.float64)
     elif failure == "incomplete":
         del rest[victim]
-    with pytest.raises(ZeroDivisionError if failure == "exception" else WeightUpdateError):
+
+    async def failing_update() -> None:
         async with vllm_engine.weight_update() as update:
             await update.send(first)
             if failure == "exception":
                 raise ZeroDivisionError
             await update.send(rest)
+
+    with pytest.raises(ZeroDivisionError if failure == "exception" else WeightUpdateError):
+        await failing_update()
     state = await vllm_engine.state()
     assert state.weights is WeightsStatus.INCONSISTENT
     assert vllm_engine.weight_version == start

@@ -140,10 +140,8 @@ class EngineHandle:
         Returns:
             The last ``RequestOutput``.
         """
-        last = None
-        async for last in self.stream(prompt, request_id=request_id, **sampling):
-            pass
-        return last
+        outputs = [output async for output in self.stream(prompt, request_id=request_id, **sampling)]
+        return outputs[-1]
 
     async def stream(self, prompt: Any, *, request_id: str | None = None, **sampling: Any) -> AsyncIterator[Any]:
         """Generate, yielding every ``RequestOutput``; arguments as for :meth:`complete`."""
@@ -197,10 +195,12 @@ class EnginePool:
     Attributes:
         limit: the most engines alive at once.
         starts: seconds that each start took, the pool's and those of :meth:`start`, in order.
+        keep: what tests share for as long as the pool lives, under names of their own.
     """
 
     limit: int = 2
     starts: list[float] = field(default_factory=list)
+    keep: dict[str, Any] = field(default_factory=dict)
     _shared: dict[EngineConfig, EngineHandle] = field(default_factory=dict)
     _owned: list[EngineHandle] = field(default_factory=list)
 

@@ -64,9 +64,7 @@ def register(config: pytest.Config) -> None:
     for line in _USAGE.values():
         config.addinivalue_line("markers", line)
     for row in versions.TESTED:
-        config.addinivalue_line(
-            "markers", f"{row.marker}: the test applies to vLLM {row.release} (set automatically)"
-        )
+        config.addinivalue_line("markers", f"{row.marker}: the test applies to vLLM {row.release} (set automatically)")
 
 
 def calls(item: pytest.Item, name: str) -> list[Any]:
@@ -142,9 +140,7 @@ def engine_key(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     parts = [(name, repr(value)) for name, value in callspec.params.items()] if callspec else []
     parts += [
-        (name, ".".join(where))
-        for name, where in fixtures.items()
-        if not where[0].startswith("pytest_roll_vllm.")
+        (name, ".".join(where)) for name, where in fixtures.items() if not where[0].startswith("pytest_roll_vllm.")
     ]
     return repr(sorted(part for part in parts if part[0].startswith("vllm_")))
 

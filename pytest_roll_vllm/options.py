@@ -122,9 +122,7 @@ class Settings:
         if self.version.given:
             self._check_version()
         if self.backend.value not in ("auto", *BACKENDS):
-            raise pytest.UsageError(
-                f"unknown backend {self.backend}; choose one of: auto, {', '.join(BACKENDS)}"
-            )
+            raise pytest.UsageError(f"unknown backend {self.backend}; choose one of: auto, {', '.join(BACKENDS)}")
         if self.backend.value != "auto":
             _ = self.device  # raises if there is none of this kind
         for name in _DIRECTORIES:

@@ -111,9 +111,7 @@ class Recorder:
         for nodeid, id in sorted(self.selected.items()):
             tests.setdefault(id, {})[nodeid] = outcomes.judge_test(self._phases.get(nodeid, ()))
         return {
-            id: ContractResult(
-                self.contracts.get(id) or Contract(id, "unknown"), outcomes.judge([*own.values()]), own
-            )
+            id: ContractResult(self.contracts.get(id) or Contract(id, "unknown"), outcomes.judge([*own.values()]), own)
             for id, own in sorted(tests.items())
         }
 
@@ -179,9 +177,7 @@ class Recorder:
             # A selection that did not arrive, from a worker on another machine, may have had more tests.
             and set(self.results) <= set(self.contracts)
             and all(
-                test.outcome != "could not run"
-                for result in self.results.values()
-                for test in result.tests.values()
+                test.outcome != "could not run" for result in self.results.values() for test in result.tests.values()
             )
         )
 

@@ -48,9 +48,7 @@ def summarize(reporter: pytest.TerminalReporter) -> None:
     reporter.write_sep("=", "vllm contracts")
     settings = config.stash[SETTINGS]
     # Again, because -q hides the header, and an outcome without its engine says nothing.
-    reporter.write_line(
-        f"vllm {_version(settings)}; backend {settings.device.kind}; model {settings.model.value}"
-    )
+    reporter.write_line(f"vllm {_version(settings)}; backend {settings.device.kind}; model {settings.model.value}")
     outcomes: tuple[Outcome, ...] = ("not applicable", "could not run", "failed")
     for outcome in outcomes:
         for result in recorder.results.values():

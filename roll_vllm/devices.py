@@ -115,9 +115,7 @@ def detect(requested: str = "auto", probe: Probe | None = None) -> Device:
     for kind in _VISIBILITY:
         if kind == requested:
             return _demand(kind, probe)
-    raise ConfigurationError(
-        f"unknown device {requested!r}; choose one of: auto, {', '.join(get_args(Kind))}"
-    )
+    raise ConfigurationError(f"unknown device {requested!r}; choose one of: auto, {', '.join(get_args(Kind))}")
 
 
 def _best(probe: Probe) -> Device:
@@ -169,9 +167,7 @@ class _Found:
 
 
 def _device(kind: Kind, found: Sequence[_Found], reason: str) -> Device:
-    return Device(
-        kind, len(found), tuple(one.name for one in found), tuple(one.memory_bytes for one in found), reason
-    )
+    return Device(kind, len(found), tuple(one.name for one in found), tuple(one.memory_bytes for one in found), reason)
 
 
 def _look(kind: Kind, probe: Probe) -> tuple[list[_Found], str]:

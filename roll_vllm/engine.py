@@ -121,11 +121,14 @@ class RolloutEngine(AsyncLLM):  # type: ignore[misc]
         Raises:
             TimeoutError: no answer in time; the call may still be running in the workers.
         """
-        call = self.engine_core.collective_rpc_async(method, timeout, args, kwargs)
-        try:
-            results: list[Any] = await asyncio.wait_for(call, timeout)
-        except asyncio.TimeoutError:
-            raise TimeoutError(f"no answer to {method!r} from every worker within {timeout:g} s") from None
+        # The executor gets no timeout: vLLM's multiprocessing executor leaves late answers in its queues, and
+        # every later call would get the answer to the one before. Nor is the call cancelled, for the same reason.
+        call = asyncio.ensure_future(self.engine_core.collective_rpc_async(method, None, args, kwargs))
+        done, _ = await asyncio.wait([call], timeout=timeout)
+        if not done:
+            call.add_done_callback(lambda late: late.cancelled() or late.exception())
+            raise TimeoutError(f"no answer to {method!r} from every worker within {timeout:g} s")
+        results: list[Any] = call.result()
         return results
 
     async def _workers(self, method: str, *args: Any) -> list[Any]:

@@ -81,9 +81,7 @@ def worker_environment(
 
 
 def _allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    changes = {
-        name: without_expandable_segments(environ[name]) for name in _ALLOCATOR_VARIABLES if name in environ
-    }
+    changes = {name: without_expandable_segments(environ[name]) for name in _ALLOCATOR_VARIABLES if name in environ}
     # Ray workers inherit the variables of the node, not of this process: an explicit empty value keeps
     # expandable segments from coming in that way. Where the user set another of the variables, it would
     # hide that one from torch.
@@ -131,9 +129,7 @@ def allocator_setting(environ: Mapping[str, str] | None = None) -> str:
     return f"{kept},{ALLOCATOR_SETTING}" if kept else ALLOCATOR_SETTING
 
 
-def _cache_roots(
-    worker_name: str | None, environ: Mapping[str, str], cache_home: Path | None
-) -> tuple[Path, Path]:
+def _cache_roots(worker_name: str | None, environ: Mapping[str, str], cache_home: Path | None) -> tuple[Path, Path]:
     """Return the worker's own cache directories for vLLM and for FlashInfer."""
     home = environ.get("HOME") or os.path.expanduser("~")
 
@@ -209,9 +205,7 @@ class AppliedEnvironment:
     _lock = threading.RLock()
     _active: ClassVar[list[AppliedEnvironment]] = []  # oldest first
 
-    def __init__(
-        self, changes: Mapping[str, str | None], environ: MutableMapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, changes: Mapping[str, str | None], environ: MutableMapping[str, str] | None = None) -> None:
         self._environ = os.environ if environ is None else environ
         self._changes = dict(changes)
         self._before: dict[str, str | None] = {}

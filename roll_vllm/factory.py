@@ -80,10 +80,10 @@ async def create_async_llm(
     environment.ensure_cache_directory(Path(str(changes["VLLM_CACHE_ROOT"])))
     environment.ensure_cache_directory(Path(str(changes["FLASHINFER_WORKSPACE_BASE"])))
 
-    # Importing vLLM sets variables that it also needs later; only what starting an engine sets is put back.
-    from roll_vllm.engine import RolloutEngine
-
     with environment.AppliedEnvironment(changes), environment.left_as_found():
+        # Inside, because importing vLLM sets variables too.
+        from roll_vllm.engine import RolloutEngine
+
         _release_expandable_segments(device)
         try:
             return await RolloutEngine.start(_checked(arguments), allow_dummy_weights=allow_dummy_weights)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from importlib import metadata
-
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.version import InvalidVersion, Version
+from typing import TYPE_CHECKING
 
 from roll_vllm.errors import ConfigurationError, UnsupportedFeatureError
+
+# packaging and importlib.metadata are imported where they are used: every pytest run of an environment with
+# the plugin installed loads this table, few compare a version.
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def parse(text: str) -> Version:
     Raises:
         ConfigurationError: If ``text`` is not a PEP 440 version.
     """
+    from packaging.version import InvalidVersion, Version
+
     try:
         return Version(text)
     except InvalidVersion as error:
@@ -114,7 +118,7 @@ def base(text: str) -> Version:
     Raises:
         ConfigurationError: If ``text`` is not a PEP 440 version.
     """
-    return Version(parse(text).base_version)
+    return parse(parse(text).base_version)
 
 
 def same_release(a: str, b: str) -> bool:
@@ -143,6 +147,8 @@ def satisfies(text: str, specifier: str) -> bool:
     Raises:
         ConfigurationError: If either argument is malformed.
     """
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
         wanted = SpecifierSet(specifier)
     except InvalidSpecifier as error:
@@ -194,6 +200,8 @@ def installed() -> Installed | None:
 
 
 def _distribution(name: str) -> Installed | None:
+    from importlib import metadata
+
     try:
         return Installed(name, metadata.version(name))
     except metadata.PackageNotFoundError:

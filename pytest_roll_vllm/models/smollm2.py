@@ -62,9 +62,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     """Write the model and its tokenizer into ``directory``, as HF files in bfloat16."""
     for package in ("gguf", "accelerate", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigurationError(
-                f"converting smollm2 needs the package {package}; install it with: {INSTALL}"
-            )
+            raise ConfigurationError(f"converting smollm2 needs the package {package}; install it with: {INSTALL}")
 
     import torch
     from tokenizers import decoders, processors

@@ -75,8 +75,9 @@ class BucketSender:
                 home = segment.memory[start : start + storage.nbytes()]
                 home.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))  # type: ignore[call-overload]
                 tensor.data = home.view(tensor.dtype).as_strided(
-                    tensor.shape, tensor.stride(), (segment.memory.storage_offset() + start) // tensor.element_size()
-                    + tensor.storage_offset(),
+                    tensor.shape,
+                    tensor.stride(),
+                    (segment.memory.storage_offset() + start) // tensor.element_size() + tensor.storage_offset(),
                 )
         self._shared.append(segment)
 

@@ -67,9 +67,7 @@ def specs_from(names: Iterable[str], dtypes: Iterable[Any], shapes: Iterable[Ite
     if len({len(column) for column in columns}) != 1:
         counts = ", ".join(f"{len(c)} {label}" for c, label in zip(columns, ("names", "dtypes", "shapes"), strict=True))
         raise WeightUpdateError(f"names, dtypes and shapes must have one entry per tensor, got {counts}")
-    return [
-        TensorSpec(str(name), dtype_name(dtype), shape) for name, dtype, shape in zip(*columns, strict=True)
-    ]
+    return [TensorSpec(str(name), dtype_name(dtype), shape) for name, dtype, shape in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)

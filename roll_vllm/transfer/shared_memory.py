@@ -65,7 +65,6 @@ class Segment:
     """
 
     def __init__(self, size: int) -> None:
-        import torch
 
         sweep()
         self.path = directory() / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"

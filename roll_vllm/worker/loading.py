@@ -313,7 +313,9 @@ class WeightLoader:
         except Exception as error:
             # Upstream's loaders answer with a bare KeyError or assertion.
             name, tensor = recorder.current, dict(pairs).get(recorder.current)
-            described = f"{name} ({dtype_name(tensor.dtype)}, shape {list(tensor.shape)})" if tensor is not None else name
+            described = (
+                f"{name} ({dtype_name(tensor.dtype)}, shape {list(tensor.shape)})" if tensor is not None else name
+            )
             raise WeightUpdateError(
                 f"{architecture} cannot load {described}: {type(error).__name__}: {error}. Check the name and the "
                 "shape against the checkpoint the engine was configured with"

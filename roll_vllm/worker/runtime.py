@@ -125,7 +125,9 @@ class WorkerRuntime:
         """Receive tensors from rank 0 of a collective group, then load them."""
         if group not in self._groups:
             known = ", ".join(sorted(self._groups)) or "none"
-            raise ConfigurationError(f"no collective group {group!r} here (known: {known}); call setup_collective_group")
+            raise ConfigurationError(
+                f"no collective group {group!r} here (known: {known}); call setup_collective_group"
+            )
         specs = specs_from(names, dtypes, shapes)
         # Everything is received before anything is judged, so that the sender is never left half-way.
         return self._load(collective.receive(self._groups[group], specs, self._device))

@@ -53,9 +53,7 @@ def names_version(node: ast.AST) -> bool:
 
 def version_comparisons(tree: ast.AST) -> list[str]:
     """Find uses of ``packaging``, and comparisons of a version with text."""
-    found = [
-        f"line {line}: imports {name}" for line, name in imports(tree) if name.split(".")[0] == "packaging"
-    ]
+    found = [f"line {line}: imports {name}" for line, name in imports(tree) if name.split(".")[0] == "packaging"]
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]

@@ -89,9 +89,7 @@ def amd(host: Host) -> Host:
     host.write(f"{nodes}/0/properties", "cpu_cores_count 64\nsimd_count 0\n")
     for node, unique_id in ((2, 0xAB12), (10, 0xCD34)):
         host.write(f"{nodes}/{node}/name", "gfx942\n")
-        host.write(
-            f"{nodes}/{node}/properties", f"cpu_cores_count 0\nsimd_count 1216\nunique_id {unique_id}\n"
-        )
+        host.write(f"{nodes}/{node}/properties", f"cpu_cores_count 0\nsimd_count 1216\nunique_id {unique_id}\n")
         host.write(f"{nodes}/{node}/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {node * GIB}\n")
         host.write(f"{nodes}/{node}/mem_banks/1/properties", f"heap_type 5\nsize_in_bytes {7 * GIB}\n")
     host.write(f"{nodes}/11/properties", "")
@@ -282,9 +280,7 @@ def test_a_gpu_build_of_vllm_does_not_decide(nvidia: Host) -> None:
         ("npu", "/dev/davinci", "ASCEND_RT_VISIBLE_DEVICES"),
     ],
 )
-def test_a_missing_device_is_refused_with_two_ways_out(
-    host: Host, kind: str, looked: str, variable: str
-) -> None:
+def test_a_missing_device_is_refused_with_two_ways_out(host: Host, kind: str, looked: str, variable: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         host.detect(kind)
     for part in (looked, "choose 'cpu' or 'auto'", "make the device visible", variable):

@@ -212,9 +212,7 @@ def test_free_port_can_be_bound() -> None:
         ({"HOME": "/h", "FLASHINFER_WORKSPACE_BASE": "/f"}, None, "/h/.cache/vllm/w", "/f/w"),
     ],
 )
-def test_cache_roots(
-    environ: dict[str, str], cache_home: Path | None, vllm: str, flashinfer: str | None
-) -> None:
+def test_cache_roots(environ: dict[str, str], cache_home: Path | None, vllm: str, flashinfer: str | None) -> None:
     changes = compute(environ, name="w", cache_home=cache_home)
     assert changes["VLLM_CACHE_ROOT"] == vllm
     assert changes["FLASHINFER_WORKSPACE_BASE"] == (flashinfer or vllm)
@@ -339,18 +337,14 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("foreign", ["theirs", None])
-def test_foreign_changes_are_left_alone_and_logged(
-    foreign: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_foreign_changes_are_left_alone_and_logged(foreign: str | None, caplog: pytest.LogCaptureFixture) -> None:
     environ = {"a": "old", "b": "old"}
     with caplog.at_level(logging.WARNING), AppliedEnvironment({"a": "new", "b": "new"}, environ):
         environ.pop("a")
         if foreign:
             environ["a"] = foreign
     assert environ == ({"a": foreign, "b": "old"} if foreign else {"b": "old"})
-    assert [record.getMessage() for record in caplog.records] == [
-        "a was changed by somebody else; leaving it as it is"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["a was changed by somebody else; leaving it as it is"]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

@@ -22,10 +22,7 @@ CONFIG = {"vocab_size": 8, "tie_word_embeddings": True, "torch_dtype": "bfloat16
 def safetensors(*names: str) -> bytes:
     """Return a safetensors file with tensors of one float each."""
     header = json.dumps(
-        {
-            name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]}
-            for i, name in enumerate(names)
-        }
+        {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
     ).encode()
     return struct.pack("<Q", len(header)) + header + bytes(4 * len(names))
 
@@ -70,9 +67,7 @@ def test_local_directory(tmp_path: Path) -> None:
 def test_tied_is_told_from_the_weights_when_the_config_is_silent(
     tmp_path: Path, names: tuple[str, ...], tied: bool
 ) -> None:
-    assert (
-        models.make(str(directory(tmp_path, {"vocab_size": 8}, safetensors(*names))), tmp_path).tied is tied
-    )
+    assert models.make(str(directory(tmp_path, {"vocab_size": 8}, safetensors(*names))), tmp_path).tied is tied
 
 
 @pytest.mark.parametrize(
@@ -100,9 +95,7 @@ def test_directory_without_config(tmp_path: Path) -> None:
 
 def test_missing_shard(tmp_path: Path) -> None:
     directory(tmp_path, weights=None)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"w": "gone.safetensors"}})
-    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
     with pytest.raises(ConfigurationError, match=r"gone\.safetensors is not a readable"):
         models.make(str(tmp_path), tmp_path)
 
@@ -153,9 +146,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "-tied"])
-def test_counting_and_random_share_a_directory(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counting_and_random_share_a_directory(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_roll_vllm.models.synthetic._tokenizer", lambda: "{}")
     counting = CountingModel("counting" + suffix, tmp_path)
     assert counting.path == RandomModel("random" + suffix, tmp_path).path

@@ -64,7 +64,7 @@ def test_pytest_finds_the_plugin(project: dict[str, Any]) -> None:
 
 
 def test_vllm_and_torch_are_not_required(project: dict[str, Any]) -> None:
-    assert names(project["dependencies"]) == {"packaging", "pytest", "xxhash"}
+    assert names(project["dependencies"]) == {"packaging", "psutil", "pytest", "xxhash"}
 
 
 def test_classifiers(project: dict[str, Any]) -> None:

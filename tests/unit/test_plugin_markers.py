@@ -127,9 +127,7 @@ def test_wrong_calls(installed: Inner, marker: str, error: str) -> None:
 
 
 def test_a_wrong_call_is_seen_under_xdist(installed: Inner) -> None:
-    result = installed.run(
-        "-pxdist", "-n1", source="import pytest\n@pytest.mark.vllm_version\ndef test_it(): pass"
-    )
+    result = installed.run("-pxdist", "-n1", source="import pytest\n@pytest.mark.vllm_version\ndef test_it(): pass")
     result.stdout.fnmatch_lines(["*::test_it: wrong use of a marker: *"])
     result.assert_outcomes(errors=1)
 
@@ -166,8 +164,7 @@ def test_several_tests_of_one_contract(installed: Inner) -> None:
         """
     )
     tests = {
-        id: [test["nodeid"].rpartition("::")[2] for test in one["tests"]]
-        for id, one in report["contracts"].items()
+        id: [test["nodeid"].rpartition("::")[2] for test in one["tests"]] for id, one in report["contracts"].items()
     }
     assert tests == {"own": ["test_three"], "shared": ["test_two", "test_one"]}
 

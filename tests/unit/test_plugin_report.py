@@ -149,9 +149,7 @@ def test_exit_status(installed: Inner, workers: list[str], source: str, status: 
 
 @pytest.mark.parametrize("mark", ["skip", "xfail", "xfail(strict=False)"])
 def test_marks_cannot_silence_a_contract(installed: Inner, mark: str) -> None:
-    result = installed.run(
-        source=f"{IMPORTS}\n@pytest.mark.{mark}{FAIL.lstrip()}".replace("@contract", "\n@contract")
-    )
+    result = installed.run(source=f"{IMPORTS}\n@pytest.mark.{mark}{FAIL.lstrip()}".replace("@contract", "\n@contract"))
     assert result.ret == EXIT_INCOMPLETE
 
 

@@ -201,9 +201,7 @@ def test_installed(
     assert (found and (found.distribution, found.version, found.cpu_build)) == expected
 
 
-def test_untested_versions_warn_once_each(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untested_versions_warn_once_each(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_warned", set())
     logger = logging.getLogger("test_versions")
     for version in ("0.13.0", "0.12.0+cu128", "0.13.0", "0.14.0", "0.13.0"):

@@ -1,0 +1,92 @@
+"""Breakages of start, remote calls, shutdown, version dispatch and error messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+from tests.saboteurs.base import saboteur
+from tests.saboteurs.worker import UNWATCHED
+
+
+@saboteur("env-expandable-segments", "env-isolated-and-restored", "cache-isolated-or-safe", starts_engine=True)
+@contextmanager
+def one_environment_for_all(engine: Any) -> Iterator[None]:
+    """The user's allocator options reach the workers, all share one cache root, and nothing is put back."""
+    from roll_vllm import environment
+
+    def shared(**given: Any) -> dict[str, str]:
+        return {
+            "PYTORCH_CUDA_ALLOC_CONF": given["environ"].get("PYTORCH_CUDA_ALLOC_CONF", ""),
+            "VLLM_CACHE_ROOT": given["environ"].get("VLLM_CACHE_ROOT", "/tmp"),
+            "FLASHINFER_WORKSPACE_BASE": given["environ"].get("VLLM_CACHE_ROOT", "/tmp"),
+        }
+
+    before = dict(os.environ)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(environment, "worker_environment", shared))
+            stack.enter_context(patch.object(environment, "left_as_found", nullcontext))
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@saboteur("ex-rpc-results-ordered")
+@contextmanager
+def answers_in_order_of_arrival(engine: Any) -> Iterator[None]:
+    """Results come as they arrive, errors of other ranks than the first are lost, and no timeout holds."""
+    from roll_vllm.engine import RolloutEngine
+
+    async def careless(self: Any, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        results = await self.engine_core.collective_rpc_async(method, None, args, kwargs)
+        return [result for result in reversed(results) if "error" not in result]
+
+    with patch.object(RolloutEngine, "collective_rpc", careless):
+        yield
+
+
+@saboteur("ex-shutdown-no-orphans", starts_engine=True)
+@contextmanager
+def leaves_children_behind(engine: Any) -> Iterator[None]:
+    """No process watches its parent, and each worker leaves a process of its own behind."""
+    with patch.dict(os.environ, {UNWATCHED: "1"}):
+        yield
+
+
+@saboteur("vd-range-resolved")
+@contextmanager
+def compares_versions_as_text(engine: Any) -> Iterator[None]:
+    """The table is searched for the exact text, and ranges are compared as text."""
+    from roll_vllm import versions
+
+    def satisfies(text: str, specifier: str) -> bool:
+        return text < specifier.lstrip("<")
+
+    def resolve(text: str) -> Any:
+        return next((row for row in versions.TESTED if row.release == text), None)
+
+    with patch.object(versions, "satisfies", satisfies), patch.object(versions, "resolve", resolve):
+        yield
+
+
+@saboteur("err-actionable")
+@contextmanager
+def says_only_that_it_failed(engine: Any) -> Iterator[None]:
+    """Every refusal of a worker is the same sentence."""
+    from roll_vllm.errors import RollVllmError, WeightUpdateError
+
+    workers = engine.engine._workers
+
+    async def vague(method: str, *args: Any) -> Any:
+        try:
+            return await workers(method, *args)
+        except RollVllmError:
+            raise WeightUpdateError("the operation failed") from None
+
+    with patch.object(engine.engine, "_workers", vague):
+        yield

@@ -1,0 +1,60 @@
+"""Breakages of weight updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from tests.saboteurs.base import in_worker, saboteur
+
+in_worker("skip-one-tensor", "wu-a-b-a", "wu-every-parameter-reached", "lp-parity-after-update")
+in_worker("swap-gate-and-up", "wu-a-b-a", "wu-every-parameter-reached")
+in_worker("add-instead-of-copy", "wu-repeat-and-split-invariant", "wu-a-b-a")
+in_worker("round-the-weights", "lp-parity-trainer", "wu-every-parameter-reached")
+in_worker("ignore-unknown-names", "wu-every-parameter-reached", "wu-versioned-and-fail-closed")
+in_worker("lose-updates-while-asleep", "wu-while-asleep", "sl-tag-order")
+
+
+@saboteur("wu-invalidates-prefix-cache", "sl-level1-identity")
+@contextmanager
+def keeps_the_prefix_cache(engine: Any) -> Iterator[None]:
+    """Updates and sleep leave the prefix cache as it is."""
+
+    async def nothing() -> None:
+        pass
+
+    with patch.object(engine.engine, "_drop_prefix_cache", nothing):
+        yield
+
+
+@saboteur("wu-versioned-and-fail-closed")
+@contextmanager
+def never_counts(engine: Any) -> Iterator[None]:
+    """The weight version stays where it is."""
+    refresh = engine.engine._refresh
+
+    async def without_version(**changes: Any) -> Any:
+        changes.pop("weight_version", None)
+        return await refresh(**changes)
+
+    with patch.object(engine.engine, "_refresh", without_version):
+        yield
+
+
+@saboteur("wu-versioned-and-fail-closed")
+@contextmanager
+def forgives_failures(engine: Any) -> Iterator[None]:
+    """A failed update leaves the state complete."""
+    from dataclasses import replace
+
+    from roll_vllm.state import WeightsStatus
+
+    state = engine.engine.state
+
+    async def complete() -> Any:
+        return replace(await state(), weights=WeightsStatus.COMPLETE)
+
+    with patch.object(engine.engine, "state", complete):
+        yield
