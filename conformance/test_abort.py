@@ -94,7 +94,8 @@ async def test_nothing_is_left(vllm_engine: EngineHandle, vllm_trainer: Trainer,
     async def rounds(count: int) -> None:
         for number in range(count):
             name, n = f"left-{draw.random()}", draw.choice([1, 8])
-            call = asyncio.ensure_future(vllm_engine.complete(prompts[number % 12], request_id=name, n=n, **LONG))
+            sampling = {**LONG, "temperature": 1.0, "n": n}
+            call = asyncio.ensure_future(vllm_engine.complete(prompts[number % 12], request_id=name, **sampling))
             await asyncio.sleep(draw.choice([0, 0, 0.001, 0.02]))
             if draw.random() < 0.5:
                 call.cancel()
@@ -104,7 +105,8 @@ async def test_nothing_is_left(vllm_engine: EngineHandle, vllm_trainer: Trainer,
             else:
                 await vllm_engine.abort(name)
                 call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
+            (result,) = await asyncio.gather(call, return_exceptions=True)
+            assert isinstance(result, asyncio.CancelledError) or not isinstance(result, BaseException), result
 
     await rounds(20)
     before = resident_bytes(await pids(vllm_engine))

@@ -108,24 +108,30 @@ class EngineHandle:
         async def step() -> Any:
             return await anext(iterator, end)
 
+        async def close() -> None:
+            # A step that was cancelled here may still be unwinding there.
+            while iterator.ag_running:
+                await asyncio.sleep(0)
+            await iterator.aclose()
+
         try:
             while (item := await self._call(step)) is not end:
                 yield item
         finally:
-            await self._call(iterator.aclose)
+            await self._call(close)
 
     @asynccontextmanager
     async def weight_update(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """As ``RolloutEngine.weight_update``."""
         context = self.engine.weight_update(*args, **kwargs)
-        update = await self._call(context.__aenter__)  # type: ignore[arg-type]
+        update = await self._call(context.__aenter__)
         try:
             yield _UpdateHandle(update, self)
         except BaseException as error:
-            if not await self._call(context.__aexit__, type(error), error, error.__traceback__):  # type: ignore[arg-type]
+            if not await self._call(context.__aexit__, type(error), error, error.__traceback__):
                 raise
         else:
-            await self._call(context.__aexit__, None, None, None)  # type: ignore[arg-type]
+            await self._call(context.__aexit__, None, None, None)
 
     # -- what tests do all the time -------------------------------------------------------------------------
 

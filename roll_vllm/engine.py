@@ -26,7 +26,7 @@ _DRAIN_POLL_S = 0.01
 _LORA = "LoRA adapters from tensors (add_lora(peft_config), is_lora=True) are not part of this release of roll_vllm"
 
 
-class RolloutEngine(AsyncLLM):  # type: ignore[misc]
+class RolloutEngine(AsyncLLM):
     """A vLLM engine that a trainer can feed, put to sleep and trust.
 
     Everything ``AsyncLLM`` has, plus ROLL's calls, under ROLL's names and arguments. Create it with

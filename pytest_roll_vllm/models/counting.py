@@ -139,7 +139,8 @@ class _Draft:
         # The mean square of the residual stream is known: the token, and a 1 from each later stage.
         root_mean_square = float(np.sqrt((TOKEN**2 + stage) / self.hidden + NORM_EPS))
         size = TOKEN if slot == 0 else 1.0
-        return root_mean_square / size / norm[self.slots[slot]]
+        factor: Array = root_mean_square / size / norm[self.slots[slot]]
+        return factor
 
     def attention(self, layer: int) -> None:
         """Copy the current token from slot ``2 * layer`` to the next one."""

@@ -73,7 +73,7 @@ class BucketSender:
                 storage = tensor.untyped_storage()
                 start = offsets[storage.data_ptr()]
                 home = segment.memory[start : start + storage.nbytes()]
-                home.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))  # type: ignore[call-overload]
+                home.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
                 tensor.data = home.view(tensor.dtype).as_strided(
                     tensor.shape,
                     tensor.stride(),

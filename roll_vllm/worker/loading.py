@@ -307,7 +307,7 @@ class WeightLoader:
 
         try:
             with recorder:
-                self._model.load_weights(stream())  # type: ignore[operator]
+                self._model.load_weights(stream())
         except WeightUpdateError:
             raise
         except Exception as error:

@@ -168,7 +168,7 @@ def out_of_memory_explained(action: str) -> Iterator[None]:
 def _fill(storage: torch.UntypedStorage, value: int) -> None:
     import torch
 
-    torch.empty(0, dtype=torch.uint8).set_(storage).fill_(value)  # type: ignore[call-overload]
+    torch.empty(0, dtype=torch.uint8).set_(storage).fill_(value)
 
 
 def _return_free_pages() -> None:

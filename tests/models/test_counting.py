@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pytest_roll_vllm.models import make
-from pytest_roll_vllm.models.counting import MAX_POSITION, attention_gap
+from pytest_roll_vllm.models.counting import attention_gap
 from pytest_roll_vllm.models.reference import ReferenceModel
+from pytest_roll_vllm.models.synthetic import MAX_POSITION
 
 KINDS = ("counting", "counting-tied")
 Weights = dict[str, torch.Tensor]
@@ -106,7 +107,7 @@ def swapped(new: Weights) -> Iterator[tuple[str, Weights]]:
             yield f"transposed {name}", new | {name: tensor.T}
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (0, 1), (7, 11), (255, 127)])
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (255, 127)])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_damage_shows(name: str, old: int, new: int, cache: Path) -> None:
     model = make(name, cache)
