@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-#: The variable that hides devices, by kind.
-VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+#: The variables that hide devices, by kind; the first that is set counts.
+VARIABLES = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+    "npu": ("ASCEND_RT_VISIBLE_DEVICES",),
+}
 
 
 def share_of(worker: str | None, kind: str, count: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variable that limits an xdist worker to one device.
+    """The variables that limit an xdist worker to one device.
 
     Args:
         worker: ``gw3`` for the fourth worker; None without xdist.
@@ -19,12 +23,13 @@ def share_of(worker: str | None, kind: str, count: int, environ: Mapping[str, st
         environ: where the caller's own limit is found; its entries may be indices or UUIDs.
 
     Returns:
-        One variable, or nothing where there is nothing to share.
+        The variables, or nothing where there is nothing to share.
     """
     index = re.fullmatch(r"gw(\d+)", worker or "")
-    variable = VARIABLES.get(kind)
-    if index is None or variable is None or count == 0:
+    if index is None or kind not in VARIABLES or count == 0:
         return {}
-    visible = [entry.strip() for entry in environ.get(variable, "").split(",") if entry.strip()]
+    # All that are set: vLLM on ROCm refuses to start when they differ.
+    names = [name for name in VARIABLES[kind] if name in environ] or VARIABLES[kind][:1]
+    visible = [entry.strip() for entry in environ.get(names[0], "").split(",") if entry.strip()][:count]
     visible = visible or [str(number) for number in range(count)]
-    return {variable: visible[int(index[1]) % len(visible)]}
+    return dict.fromkeys(names, visible[int(index[1]) % len(visible)])

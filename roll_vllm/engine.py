@@ -153,17 +153,10 @@ class RolloutEngine(AsyncLLM):
 
     async def state(self) -> EngineState:
         """What the engine can do now, asked of every worker."""
-        workers = tuple(
-            WorkerState(
-                **{
-                    **fields,
-                    "weights": WeightsStatus(fields["weights"]),
-                    "sleeping": frozenset(fields["sleeping"]),
-                    "missing": tuple(fields["missing"]),
-                }
-            )
-            for fields in await self._workers("state")
-        )
+        return self._state_from(await self._workers("state"))
+
+    def _state_from(self, reports: Sequence[Mapping[str, Any]]) -> EngineState:
+        workers = tuple(WorkerState.from_report(report) for report in reports)
         statuses = [worker.weights for worker in workers if worker.weights is not WeightsStatus.COMPLETE]
         return dataclasses.replace(
             self._gate.state,
@@ -171,6 +164,10 @@ class RolloutEngine(AsyncLLM):
             sleeping=frozenset().union(*(worker.sleeping for worker in workers)),
             workers=workers,
         )
+
+    def _note(self, reports: Sequence[Mapping[str, Any]], **changes: Any) -> None:
+        """Let the gate judge by what the workers just reported."""
+        self._gate.state = dataclasses.replace(self._state_from(reports), workers=(), **changes)
 
     async def checksums(self) -> list[dict[str, str]]:
         """XXH3 of every parameter, buffer and plain tensor attribute: one mapping by name a rank.
@@ -207,10 +204,6 @@ class RolloutEngine(AsyncLLM):
         processor = self.output_processor
         await self.abort([*processor.parent_requests, *processor.request_states])
 
-    async def _refresh(self, **changes: Any) -> EngineState:
-        self._gate.state = dataclasses.replace(await self.state(), workers=(), **changes)
-        return self._gate.state
-
     # -- sleep ----------------------------------------------------------------------------------------------
 
     async def offload_states(self, level: int = 1) -> None:
@@ -229,10 +222,9 @@ class RolloutEngine(AsyncLLM):
         async with self._control, self._gate.closed():
             await self._quiesce("abort")
             await self._drop_prefix_cache()
-            await self._workers("sleep", level)
             if level == 2:
                 self._implicit_open = False
-            await self._refresh()
+            self._note(await self._workers("sleep", level))
 
     async def load_states(self, tags: Sequence[str] | None = None) -> None:
         """Wake the tags ``"weights"`` and ``"kv_cache"``, both when None, in any order.
@@ -250,7 +242,7 @@ class RolloutEngine(AsyncLLM):
             try:
                 await self._workers("wake", None if tags is None else list(tags))
             finally:
-                await self._refresh()
+                self._note(await self._workers("state"))
 
     async def sleep(self, level: int = 1) -> None:
         """vLLM's name for :meth:`offload_states`."""
@@ -309,13 +301,14 @@ class RolloutEngine(AsyncLLM):
             update = WeightUpdate(self, sender)
             try:
                 yield update
-                update.counts = (await self._workers("finish_update"))[0]
+                reports = await self._workers("finish_update")
             except BaseException as error:
                 await self._abandon_update(error)
                 raise
             finally:
                 self._session_open = False
-            await self._commit_update()
+            update.counts = {key: reports[0][key] for key in ("replayed", "loaded")}
+            await self._commit_update(reports)
 
     async def update_parameter_in_bucket(
         self, serialized_named_tensors: Sequence[bytes], is_lora: bool = False
@@ -404,11 +397,11 @@ class RolloutEngine(AsyncLLM):
             await self._quiesce("abort")
             if self._implicit_open:
                 try:
-                    await self._workers("finish_update")
+                    reports = await self._workers("finish_update")
                 except WeightUpdateError as error:
                     await self._abandon_update(error)
                     raise
-                await self._commit_update()
+                await self._commit_update(reports)
             await self._workers("process_weights_after_loading")
             await self._drop_prefix_cache()
 
@@ -431,29 +424,27 @@ class RolloutEngine(AsyncLLM):
                 touched = any(state["weights"] == WeightsStatus.UPDATING.value for state in states)
                 self._implicit_open = touched
                 if touched and not any(state["missing"] for state in states):
-                    await self._workers("finish_update")
-                    await self._commit_update()
+                    await self._commit_update(await self._workers("finish_update"))
                 else:
-                    await self._refresh()
+                    self._note(states)
             except BaseException as error:
                 await self._abandon_update(error)
                 raise
 
     async def _begin_update(self) -> None:
-        await self._workers("begin_update")
-        await self._refresh()
+        self._note(await self._workers("begin_update"))
 
-    async def _commit_update(self) -> None:
+    async def _commit_update(self, reports: Sequence[Mapping[str, Any]]) -> None:
         self._implicit_open = False
         await self._drop_prefix_cache()
-        await self._refresh(weight_version=self.weight_version + 1, reason="")
+        self._note(reports, weight_version=self.weight_version + 1, reason="")
 
     async def _abandon_update(self, error: BaseException) -> None:
         self._implicit_open = False
         if self.errored:
             return
         written = any(await self._workers("abandon_update"))
-        await self._refresh(**({"reason": str(error)} if written else {}))
+        self._note(await self._workers("state"), **({"reason": str(error)} if written else {}))
 
     def shutdown(self) -> None:
         """End the engine and every process it started."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 #: Tags in the order in which they must wake: buffers live with the weights.
 TAGS = ("weights", "kv_cache")
@@ -38,6 +40,18 @@ class WorkerState:
     sleeping: frozenset[str]
     resident_bytes: dict[str, int]
     missing: tuple[str, ...] = ()
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any]) -> WorkerState:
+        """Build it from the plain data that a worker sends; other keys are left aside."""
+        return cls(
+            rank=report["rank"],
+            pid=report["pid"],
+            weights=WeightsStatus(report["weights"]),
+            sleeping=frozenset(report["sleeping"]),
+            resident_bytes=dict(report["resident_bytes"]),
+            missing=tuple(report["missing"]),
+        )
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class BucketSender:
         """
         import torch
 
-        tensors = [tensor for _, tensor in items_of(named_tensors) if self._locate(tensor) is None]
+        homes = {segment.memory.data_ptr() for segment in self._shared}
+        # By object: a tied parameter may be listed under both of its names.
+        listed = {id(tensor): tensor for _, tensor in items_of(named_tensors)}.values()
+        tensors = [tensor for tensor in listed if tensor.untyped_storage().data_ptr() not in homes]
         offsets: dict[int, int] = {}
         size = 0
         for tensor in tensors:
@@ -74,10 +77,11 @@ class BucketSender:
                 start = offsets[storage.data_ptr()]
                 home = segment.memory[start : start + storage.nbytes()]
                 home.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-                tensor.data = home.view(tensor.dtype).as_strided(
+                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
+                    segment.memory.untyped_storage(),
+                    start // tensor.element_size() + tensor.storage_offset(),
                     tensor.shape,
                     tensor.stride(),
-                    (segment.memory.storage_offset() + start) // tensor.element_size() + tensor.storage_offset(),
                 )
         self._shared.append(segment)
 

@@ -25,12 +25,12 @@ def timeout() -> timedelta:
     """How long a rank waits for the others: ``$ROLL_VLLM_COLLECTIVE_TIMEOUT`` seconds, else 120."""
     text = os.environ.get("ROLL_VLLM_COLLECTIVE_TIMEOUT", str(DEFAULT_TIMEOUT_S))
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if seconds <= 0:
+        limit = timedelta(seconds=float(text))
+    except (ValueError, OverflowError):
+        limit = timedelta(0)
+    if limit <= timedelta(0):
         raise ConfigurationError(f"ROLL_VLLM_COLLECTIVE_TIMEOUT must be a positive number of seconds, got {text!r}")
-    return timedelta(seconds=seconds)
+    return limit
 
 
 class CollectiveGroup:

@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from typing import Any
 
 from roll_vllm.errors import WeightUpdateError
 
 FORMAT = "roll_vllm.bucket/1"
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
+_MOST_BYTES = 2**63 - 1  # torch counts with 64 bits, also past a size of 0
 
 #: Element size in bytes of every dtype that may travel, by its torch name.
 ELEMENT_SIZE: Mapping[str, int] = {
@@ -48,6 +50,24 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
+    @classmethod
+    def checked(cls, name: Any, dtype: Any, shape: Any) -> TensorSpec:
+        """A spec from values that may be anything.
+
+        Raises:
+            WeightUpdateError: they are not the name, dtype and shape of a tensor.
+        """
+        try:
+            spec = cls(name, dtype_name(dtype), tuple(map(index, shape)))
+        except TypeError as error:
+            raise WeightUpdateError(f"{name}: {shape!r} is not a shape; give a list of whole numbers") from error
+        if not isinstance(name, str):
+            raise WeightUpdateError(f"{name!r} is not a tensor's name; give a string")
+        sizes = (max(size, 1) for size in spec.shape)
+        if min(spec.shape, default=0) < 0 or prod(sizes) * ELEMENT_SIZE[spec.dtype] > _MOST_BYTES:
+            raise WeightUpdateError(f"{spec}: no tensor has this shape")
+        return spec
+
     @property
     def nbytes(self) -> int:
         """Size in bytes of the contiguous tensor."""
@@ -63,11 +83,11 @@ def specs_from(names: Iterable[str], dtypes: Iterable[Any], shapes: Iterable[Ite
     Raises:
         WeightUpdateError: the lists differ in length, or an entry is not a name, dtype or shape.
     """
-    columns = list(names), list(dtypes), [tuple(int(size) for size in shape) for shape in shapes]
+    columns = list(names), list(dtypes), list(shapes)
     if len({len(column) for column in columns}) != 1:
         counts = ", ".join(f"{len(c)} {label}" for c, label in zip(columns, ("names", "dtypes", "shapes"), strict=True))
         raise WeightUpdateError(f"names, dtypes and shapes must have one entry per tensor, got {counts}")
-    return [TensorSpec(str(name), dtype_name(dtype), shape) for name, dtype, shape in zip(*columns, strict=True)]
+    return [TensorSpec.checked(*column) for column in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -115,13 +135,15 @@ class BucketManifest:
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']!r}")
             placements = tuple(
-                Placement(TensorSpec(str(name), dtype_name(dtype), tuple(map(int, shape))), int(offset))
+                Placement(TensorSpec.checked(name, dtype, shape), index(offset))
                 for name, dtype, shape, offset in document["tensors"]
             )
-            manifest = cls(str(document["segment"]), int(document["size"]), placements)
+            manifest = cls(document["segment"], index(document["size"]), placements)
+            if not isinstance(manifest.segment, str) or manifest.size < 0:
+                raise ValueError(f"segment {manifest.segment!r} of {manifest.size} bytes")
         except WeightUpdateError:
             raise
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise WeightUpdateError(
                 f"the payload is not a {FORMAT} bucket ({type(error).__name__}: {error}); pack it with "
                 "roll_vllm.BucketSender or roll_vllm.serialize_named_weights. Pickled payloads are never loaded"
@@ -136,8 +158,8 @@ class BucketManifest:
             if spec.name in seen:
                 raise WeightUpdateError(f"{spec.name} is listed twice in one bucket; send each tensor once")
             seen.add(spec.name)
-            if any(size < 0 for size in spec.shape) or placement.offset % ELEMENT_SIZE[spec.dtype]:
-                raise WeightUpdateError(f"{spec}: impossible shape or unaligned offset {placement.offset}")
+            if placement.offset % ELEMENT_SIZE[spec.dtype]:
+                raise WeightUpdateError(f"{spec}: unaligned offset {placement.offset}")
             if not 0 <= placement.offset <= placement.end <= self.size:
                 raise WeightUpdateError(
                     f"{spec} should lie in bytes {placement.offset}..{placement.end} of its bucket, which has only "

@@ -6,6 +6,7 @@ is not used because before Python 3.13 every process that attaches also deletes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = "roll_vllm-"
-_OWNER = re.compile(rf"^{_PREFIX}(\d+)-[0-9a-f]+$")
+_OWNER = re.compile(rf"{_PREFIX}(\d+)-[0-9a-f]+")
 
 
 def directory() -> Path:
@@ -35,15 +36,17 @@ def directory() -> Path:
 def sweep() -> None:
     """Delete the segments of processes that died without deleting their own."""
     for path in directory().glob(f"{_PREFIX}*"):
-        match = _OWNER.match(path.name)
+        match = _OWNER.fullmatch(path.name)
         if match and not _alive(int(match[1])):
-            path.unlink(missing_ok=True)
+            # Another user's, or not ours after all.
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -65,7 +68,6 @@ class Segment:
     """
 
     def __init__(self, size: int) -> None:
-
         sweep()
         self.path = directory() / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         try:
@@ -99,8 +101,12 @@ def attach(path: str, size: int) -> torch.Tensor:
         WeightUpdateError: there is no such segment, or it is shorter than ``size`` bytes.
     """
     file = Path(path)
-    if file.parent.resolve() != directory().resolve() or not _OWNER.match(file.name):
-        raise WeightUpdateError(f"{path} is not a shared-memory segment of roll_vllm in {directory()}")
+    try:
+        ours = _OWNER.fullmatch(file.name) and file.parent.resolve() == directory().resolve()
+    except ValueError:  # characters that no path can have
+        ours = False
+    if not ours:
+        raise WeightUpdateError(f"{path!r} is not a shared-memory segment of roll_vllm in {directory()}")
     try:
         found = file.stat().st_size
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +37,10 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def model_checksums(model: torch.nn.Module) -> dict[str, str]:
     """:func:`checksum` of every tensor of :func:`named_tensors`, by name."""
-    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     sums: dict[str, str] = {}
     for name, tensor in named_tensors(model):
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if key not in seen:
             seen[key] = checksum(tensor)
         sums[name] = seen[key]

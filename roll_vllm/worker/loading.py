@@ -14,6 +14,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,9 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, owners: dict[int, str], pairs: NamedTensorList) -> None:
         super().__init__()
         self.writes: dict[str, list[Write]] = defaultdict(list)
-        self.current = ""
+        self.current = pairs[0][0]
         self._owners = owners
-        self._spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name, t) for name, t in pairs if t.nbytes)
+        self._spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes, t) for name, t in pairs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         written = [
@@ -129,8 +130,10 @@ class _Recorder(TorchDispatchMode):
         self.writes[name].append(Write(parameter, Region.of(target), source, constant))
 
     def _sender_of(self, source: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        for start, end, name, tensor in self._spans:
-            if start <= source.data_ptr() < end and source.element_size() == tensor.element_size():
+        # The current one first: tensors that share memory are sent under several names.
+        for name in chain((self.current,), self._spans):
+            start, end, tensor = self._spans[name]
+            if start <= source.data_ptr() < end and source.dtype == tensor.dtype:
                 return name, tensor
         return None
 
@@ -155,15 +158,21 @@ class WeightLoader:
 
     def rescan(self) -> None:
         """Look at the model's parameters again; forget all routes when their storages changed."""
-        parameters: dict[str, torch.nn.Parameter] = {}
+        parameters = dict(self._model.named_parameters())
         owners: dict[int, str] = {}
-        for name, parameter in self._model.named_parameters():
-            if owners.setdefault(parameter.untyped_storage()._cdata, name) == name:
-                parameters[name] = parameter
+        for name, parameter in parameters.items():
+            owners.setdefault(parameter.untyped_storage()._cdata, name)
         if owners != self._owners:
             self._routes.clear()
             self._known_complete.clear()
         self._parameters, self._owners = parameters, owners
+        self._dtypes = sorted({dtype_name(parameter.dtype) for parameter in parameters.values()})
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the tensors that the last :meth:`load` was given."""
+        self._last: NamedTensorList | None = None
+        self._copies: tuple[NamedTensorList, list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def begin(self) -> None:
         """Start a new set: nothing is received yet."""
@@ -179,22 +188,27 @@ class WeightLoader:
         """Load some tensors of the set.
 
         Args:
-            pairs: checkpoint names and tensors on the model's device; not kept.
+            pairs: checkpoint names and tensors on the model's device. They are kept until :meth:`forget`, because
+                a sender that shares its memory sends the same list again, which then needs no second look.
 
         Raises:
             WeightUpdateError: a name, dtype or shape is wrong. ``dirty`` tells whether anything was written.
         """
-        wanted = [(name, tensor) for name, tensor in pairs if not self._set_aside(name, tensor)]
-        for name, tensor in wanted:
-            self._check(name, tensor)
-        routed = [(name, tensor) for name, tensor in wanted if self._trusted(name)]
-        others = [(name, tensor) for name, tensor in wanted if not self._trusted(name)]
+        if pairs is self._last:
+            routed, others = pairs, []
+        else:
+            wanted = [(name, tensor) for name, tensor in pairs if not self._set_aside(name, tensor)]
+            for name, tensor in wanted:
+                self._check(name, tensor)
+            routed = [(name, tensor) for name, tensor in wanted if self._trusted(name)]
+            others = [(name, tensor) for name, tensor in wanted if not self._trusted(name)]
+            self._last = pairs if len(routed) == len(pairs) else None
         with torch.no_grad():
             if routed:
-                self._replay(routed)
+                self._replay(pairs if pairs is self._last else routed)
             if others:
                 self._learn(others)
-        self._received.update(name for name, _ in wanted)
+        self._received.update(name for name, _ in (*routed, *others))
 
     def touches_parameters(self, names: Iterable[str]) -> bool:
         """Whether any of the tensors would be written (a tied ``lm_head`` alone would not)."""
@@ -270,11 +284,10 @@ class WeightLoader:
                 f"{spec} does not fit: the engine takes it as {route.spec.dtype}, shape {list(route.spec.shape)}. "
                 "Nothing of this bucket was loaded; cast or reshape the tensor before sending"
             )
-        dtypes = {dtype_name(parameter.dtype) for parameter in self._parameters.values()}
-        if spec.dtype not in dtypes:
+        if spec.dtype not in self._dtypes:
             raise WeightUpdateError(
                 f"{spec} has a dtype that no parameter of this engine has; cast it to one of "
-                f"{', '.join(sorted(f'torch.{d}' for d in dtypes))} before sending. Nothing of this bucket was loaded"
+                f"{', '.join(f'torch.{d}' for d in self._dtypes)} before sending. Nothing of this bucket was loaded"
             )
 
     def _trusted(self, name: str) -> bool:
@@ -283,17 +296,21 @@ class WeightLoader:
     # -- loading ------------------------------------------------------------------------------------------
 
     def _replay(self, pairs: NamedTensorList) -> None:
-        targets, sources = [], []
-        for name, tensor in pairs:
-            origin = tensor.storage_offset()
-            for target, write in self._routes[name].targets:
-                if write.source is not None:
-                    targets.append(target)
-                    sources.append(write.source.view(tensor, origin))
-                elif write.constant is not None:
-                    target.fill_(write.constant)
+        if self._copies is None or self._copies[0] is not pairs:
+            targets, sources = [], []
+            for name, tensor in pairs:
+                origin = tensor.storage_offset()
+                for target, write in self._routes[name].targets:
+                    if write.source is not None:
+                        targets.append(target)
+                        sources.append(write.source.view(tensor, origin))
+            self._copies = (pairs, targets, sources)
         self.dirty = True
-        torch._foreach_copy_(targets, sources)
+        for name, _ in pairs:
+            for target, write in self._routes[name].targets:
+                if write.source is None and write.constant is not None:
+                    target.fill_(write.constant)
+        torch._foreach_copy_(self._copies[1], self._copies[2])
         self.replayed += len(pairs)
 
     def _learn(self, pairs: NamedTensorList) -> None:
@@ -335,7 +352,8 @@ class WeightLoader:
         route = Route(TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)), writes)
         route.targets = [(write.target.view(self._parameters[write.parameter].data), write) for write in writes]
         origin = tensor.storage_offset()
-        route.trusted = all(
+        # Constants alone are the tensor's own value: vLLM loads single elements by fill_(tensor.item()).
+        route.trusted = any(write.source is not None for write in writes) and all(
             write.replayable
             and (write.source is None or checksum(write.source.view(tensor, origin)) == checksum(target))
             for target, write in route.targets
@@ -350,12 +368,13 @@ class WeightLoader:
             for write in self._routes[name].writes:
                 regions[write.parameter].append(write.target)
         for name, parameter in self._parameters.items():
-            storage_elements = parameter.untyped_storage().nbytes() // parameter.element_size()
-            if sum(region.numel for region in regions[name]) < parameter.numel():
+            storage = parameter.untyped_storage()
+            written = regions[self._owners[storage._cdata]]
+            if sum(region.numel for region in written) < parameter.numel():
                 yield name
                 continue
-            mask = torch.zeros(storage_elements, dtype=torch.bool)
-            for region in regions[name]:
+            mask = torch.zeros(storage.nbytes() // parameter.element_size(), dtype=torch.bool)
+            for region in written:
                 region.view(mask).fill_(True)
             if not bool(Region.of(parameter.data).view(mask).all()):
                 yield name

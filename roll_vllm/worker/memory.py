@@ -88,27 +88,25 @@ class StorageMemory:
 
     def wake(self, tags: Iterable[str]) -> frozenset[str]:
         """Allocate again: zeros for the KV cache, the poison pattern for weights."""
-        woken = set()
-        for tag in tags:
-            if tag not in self._sizes:
-                continue
-            done = []
-            try:
+        waking = self.sleeping.intersection(tags)
+        done = []
+        try:
+            for tag in waking:
                 for storage, size in zip(self._storages[tag], self._sizes[tag], strict=True):
                     storage.resize_(size)
                     done.append(storage)
                     _fill(storage, 0 if tag == "kv_cache" else POISON)
-            except (RuntimeError, MemoryError) as error:
-                for storage in done:
-                    storage.resize_(0)
-                _return_free_pages()
-                raise EngineOutOfMemoryError(
-                    f"waking {tag} needs {sum(self._sizes[tag])} bytes, which the host does not have: "
-                    f"{OUT_OF_MEMORY_REMEDY}. Nothing was taken; free memory and wake again"
-                ) from error
+        except (RuntimeError, MemoryError) as error:
+            for storage in done:
+                storage.resize_(0)
+            _return_free_pages()
+            raise EngineOutOfMemoryError(
+                f"waking {' and '.join(sorted(waking))} needs {sum(sum(self._sizes[tag]) for tag in waking)} bytes, "
+                f"which the host does not have: {OUT_OF_MEMORY_REMEDY}. Nothing was taken; free memory and wake again"
+            ) from error
+        for tag in waking:
             del self._sizes[tag]
-            woken.add(tag)
-        return frozenset(woken)
+        return waking
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes held now, by tag."""

@@ -49,6 +49,7 @@ class WorkerRuntime:
         )
         self._groups: dict[str, CollectiveGroup] = {}
         self._segments: dict[str, torch.Tensor] = {}
+        self._buckets: dict[bytes, list[tuple[str, torch.Tensor]]] = {}
         self._status = initial
         _guard(worker, self._memory)
 
@@ -86,7 +87,7 @@ class WorkerRuntime:
 
     def sleep(self, level: int) -> dict[str, Any]:
         """Give memory back; see :mod:`roll_vllm.worker.memory`."""
-        self._segments.clear()
+        self._release_senders_memory()
         self._memory.sleep(level)
         if level == 2:
             self._status = WeightsStatus.DESTROYED
@@ -100,26 +101,37 @@ class WorkerRuntime:
 
     # -- weights --------------------------------------------------------------------------------------------
 
-    def begin_update(self) -> None:
+    def begin_update(self) -> dict[str, Any]:
         """Start a complete set of weights; wakes their memory if it is asleep."""
         if "weights" in self._memory.sleeping:
             self.wake(["weights"])
         self._loader.begin()
+        return self.state()
 
     def receive_bucket(self, payloads: Sequence[bytes]) -> dict[str, Any]:
         """Load the tensors of one shared-memory bucket; ``payloads`` has one entry a rank."""
-        manifest = BucketManifest.decode(payloads[int(self._worker.rank)])
-        memory = self._segments.get(manifest.segment)
-        if memory is None or memory.nbytes < manifest.size:
-            memory = shared_memory.attach(manifest.segment, manifest.size)
-            # One mapping at a time: a sender keeps its bucket, and an old one must not hold memory here.
-            self._segments = {path: m for path, m in self._segments.items() if os.path.exists(path)}
-            self._segments[manifest.segment] = memory
-        pairs = [
-            (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
-            for p in manifest.placements
-        ]
-        return self._load(pairs)
+        payload = payloads[int(self._worker.rank)]
+        if payload not in self._buckets:
+            manifest = BucketManifest.decode(payload)
+            # Only what senders still keep: mappings of buckets they deleted would hold memory here.
+            self._segments = {path: memory for path, memory in self._segments.items() if os.path.exists(path)}
+            memory = self._segments.get(manifest.segment)
+            if memory is None or memory.nbytes < manifest.size:
+                memory = shared_memory.attach(manifest.segment, manifest.size)
+                self._segments[manifest.segment] = memory
+            # One layout is remembered, for senders that share their memory and send the same one every time.
+            self._buckets = {
+                payload: [
+                    (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
+                    for p in manifest.placements
+                ]
+            }
+        return self._load(self._buckets[payload])
+
+    def _release_senders_memory(self) -> None:
+        self._segments.clear()
+        self._buckets.clear()
+        self._loader.forget()
 
     def receive_broadcast(self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str) -> Any:
         """Receive tensors from rank 0 of a collective group, then load them."""
@@ -141,7 +153,9 @@ class WorkerRuntime:
             return self.state()
         try:
             with out_of_memory_explained("loading weights"):
-                self._loader.load([(name, tensor.to(self._device)) for name, tensor in pairs])
+                if any(tensor.device != self._device for _, tensor in pairs):
+                    pairs = [(name, tensor.to(self._device)) for name, tensor in pairs]
+                self._loader.load(pairs)
         except RollVllmError:
             self.abandon_update()
             raise
@@ -160,7 +174,7 @@ class WorkerRuntime:
             self._status = WeightsStatus.INCONSISTENT if self._loader.dirty else self._status
             raise
         self._status = WeightsStatus.COMPLETE
-        return {"replayed": self._loader.replayed, "loaded": self._loader.loaded}
+        return {**self.state(), "replayed": self._loader.replayed, "loaded": self._loader.loaded}
 
     def abandon_update(self) -> bool:
         """Give the set up. Returns whether it had written anything, so that the parameters are a mixture."""

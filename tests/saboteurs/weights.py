@@ -33,13 +33,13 @@ def keeps_the_prefix_cache(engine: Any) -> Iterator[None]:
 @contextmanager
 def never_counts(engine: Any) -> Iterator[None]:
     """The weight version stays where it is."""
-    refresh = engine.engine._refresh
+    note = engine.engine._note
 
-    async def without_version(**changes: Any) -> Any:
+    def without_version(reports: Any, **changes: Any) -> None:
         changes.pop("weight_version", None)
-        return await refresh(**changes)
+        note(reports, **changes)
 
-    with patch.object(engine.engine, "_refresh", without_version):
+    with patch.object(engine.engine, "_note", without_version):
         yield
 
 
