@@ -61,6 +61,25 @@ async def assert_parity(
     assert highest <= highest_bound, f"a log-probability differs from the trainer's by {highest:.2g}"
 
 
+def tags_after(sleeping: set[str], call: str, device_kind: str) -> set[str]:
+    """Which tags sleep after a call, given those that slept before.
+
+    On accelerators vLLM's memory pool moves the weights to the host at level 1, and the KV cache does not wake
+    before the weights.
+
+    Args:
+        sleeping: the tags that sleep before the call.
+        call: ``sleep 1``, ``sleep 2``, ``wake``, ``weights`` or ``kv_cache`` (a wake of that tag).
+        device_kind: the kind of device.
+    """
+    both = {"weights", "kv_cache"}
+    if call.startswith("sleep"):
+        return sleeping | ({"kv_cache"} if call == "sleep 1" and device_kind == "cpu" else both)
+    if call == "wake" or (call == "kv_cache" and device_kind != "cpu"):
+        return set()
+    return sleeping - {call}
+
+
 async def pids(engine: EngineHandle) -> list[int]:
     """The worker processes, in rank order."""
     return [worker.pid for worker in (await engine.state()).workers]

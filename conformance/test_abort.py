@@ -18,12 +18,28 @@ LONG = {"max_tokens": 900, "temperature": 0.0}
 ABORT_ANSWERS = ">=0.10.2,<0.13"
 
 
-@contract(
+unblocks = contract(
     "abort-unblocks-caller",
     "Every caller whose request is aborted gets one final output within two seconds.",
     references=("vllm-project/vllm#22197",),
     versions=ABORT_ANSWERS,
 )
+
+
+@unblocks
+async def test_aborted_while_asleep(vllm_engine: EngineHandle) -> None:
+    await vllm_engine.offload_states(1)
+    call = asyncio.ensure_future(vllm_engine.complete([1, 2, 3], request_id="early", **LONG))
+    await asyncio.sleep(0.2)
+    assert not call.done()
+    await vllm_engine.abort("early")
+    output = await asyncio.wait_for(call, 2)
+    assert output.finished
+    assert [completion.finish_reason for completion in output.outputs] == ["abort"]
+    assert not output.outputs[0].token_ids
+
+
+@unblocks
 async def test_aborted_callers_return(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
     names = [f"unblock-{number}" for number in range(16)]
     calls = [
@@ -49,7 +65,7 @@ async def test_partial_outputs_survive(
 ) -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    whole = (await vllm_engine.greedy([prompts[2]], 200))[0]
+    whole = (await vllm_engine.greedy([prompts[2]], 60))[0]
     seats = int(vllm_engine_args["max_num_seqs"])
     for seen in (2, 12):
         names = [f"partial-{seen}-{number}" for number in range(seats + 4)]

@@ -82,6 +82,8 @@ class Trainer:
                     break
             else:
                 tensors[name] = tensor
+        if self.model.tied:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         return tensors
 
     def expected(self, prompt: list[int], max_tokens: int, version: int) -> list[int]:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from roll_vllm.errors import WeightsNotReadyError
@@ -27,6 +27,10 @@ _REFUSALS = {
 }
 
 
+class AbortedWhileWaiting(Exception):
+    """The request was aborted before it was let in."""
+
+
 class AdmissionGate:
     """Lets requests in according to the engine's state.
 
@@ -40,6 +44,8 @@ class AdmissionGate:
         self._allow_dummy = allow_dummy_weights
         self._changed = asyncio.Event()
         self._held = 0
+        self._waiting: list[str] = []
+        self._aborted: set[str] = set()
         self._entering = 0
         self._nobody_entering = asyncio.Event()
         self._nobody_entering.set()
@@ -66,17 +72,17 @@ class AdmissionGate:
             self._notify()
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
+    async def admitted(self, request_id: str = "") -> AsyncIterator[None]:
         """Wait for the engine, then hold the gate open while the caller enters.
 
         Raises:
             WeightsNotReadyError: the engine cannot generate, and waiting would not change that.
+            AbortedWhileWaiting: :meth:`abort` was called for this request.
         """
         waited = False
         while not self._open(waited):
             waited = True
-            changed = self._changed
-            await changed.wait()
+            await self._change(request_id)
         self._entering += 1
         self._nobody_entering.clear()
         try:
@@ -85,6 +91,21 @@ class AdmissionGate:
             self._entering -= 1
             if not self._entering:
                 self._nobody_entering.set()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Turn away those of the requests that wait."""
+        self._aborted.update(name for name in request_ids if name in self._waiting)
+        self._notify()
+
+    async def _change(self, request_id: str) -> None:
+        self._waiting.append(request_id)
+        try:
+            await self._changed.wait()
+        finally:
+            self._waiting.remove(request_id)
+        if request_id in self._aborted:
+            self._aborted.discard(request_id)
+            raise AbortedWhileWaiting(request_id)
 
     def _open(self, waited: bool) -> bool:
         if self._held or self._state.is_sleeping:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -16,7 +19,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from roll_vllm import errors
-from roll_vllm.admission import AdmissionGate
+from roll_vllm.admission import AbortedWhileWaiting, AdmissionGate
 from roll_vllm.errors import ConfigurationError, RollVllmError, UnsupportedFeatureError, WeightUpdateError
 from roll_vllm.state import TAGS, EngineState, WeightsStatus, WorkerState
 from roll_vllm.transfer.manifest import specs_from
@@ -42,22 +45,27 @@ class RolloutEngine(AsyncLLM):
     _senders: dict[str, Sender]
     _session_open: bool
     _implicit_open: bool
+    _versions: dict[str, int]
+    _scratch: tuple[Path, ...]
 
     @classmethod
-    async def start(cls, engine_args: AsyncEngineArgs, *, allow_dummy_weights: bool = False) -> RolloutEngine:
+    async def start(
+        cls, engine_args: AsyncEngineArgs, *, allow_dummy_weights: bool = False, scratch: Iterable[Path] = ()
+    ) -> RolloutEngine:
         """Start the engine and its workers' side. Blocks the event loop until the workers are up.
 
         Args:
             engine_args: vLLM's own arguments.
             allow_dummy_weights: generate also before the first weight update of a ``load_format="dummy"``
                 engine.
+            scratch: directories that nobody needs after the engine; :meth:`shutdown` deletes them.
         """
         engine: RolloutEngine = cls.from_engine_args(engine_args, usage_context=UsageContext.ENGINE_CONTEXT)
         dummy = str(engine_args.load_format) == "dummy"
         initial = WeightsStatus.NEVER_LOADED if dummy else WeightsStatus.COMPLETE
         engine._gate = AdmissionGate(EngineState(initial), allow_dummy_weights)
         engine._control = asyncio.Lock()
-        engine._senders = {}
+        engine._senders, engine._versions, engine._scratch = {}, {}, tuple(scratch)
         engine._session_open = engine._implicit_open = False
         try:
             await engine.custom_init_worker()
@@ -76,25 +84,46 @@ class RolloutEngine(AsyncLLM):
         """
         from vllm.v1.engine.exceptions import EngineGenerateError
 
+        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        request_id = call["request_id"]
         try:
             async with aclosing(super().generate(*args, **kwargs)) as outputs:
                 async for output in outputs:
-                    output.weight_version = self._gate.state.weight_version
+                    output.weight_version = self._versions[request_id]
                     yield output
         except EngineGenerateError as error:
             # vLLM wraps whatever add_request raises; ours says more than the wrapper.
-            if isinstance(error.__cause__, RollVllmError):
+            if isinstance(error.__cause__, AbortedWhileWaiting):
+                yield self._never_started(request_id, call["prompt"], call["sampling_params"])
+            elif isinstance(error.__cause__, RollVllmError):
                 raise error.__cause__ from None
-            raise
+            else:
+                raise
+        finally:
+            self._versions.pop(request_id, None)
 
-    async def add_request(self, *args: Any, **kwargs: Any) -> Any:
+    async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """As ``AsyncLLM.add_request``, behind the gate."""
-        async with self._gate.admitted():
-            return await super().add_request(*args, **kwargs)
+        async with self._gate.admitted(request_id):
+            self._versions[request_id] = self.weight_version
+            return await super().add_request(request_id, *args, **kwargs)
+
+    def _never_started(self, request_id: str, prompt: Any, params: Any) -> Any:
+        """The final output of a request that was aborted while it waited at the gate."""
+        from vllm.outputs import CompletionOutput, RequestOutput
+
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        empty: Any = [] if params.logprobs is not None else None
+        completions = [CompletionOutput(index, "", [], None, empty, finish_reason="abort") for index in range(params.n)]
+        output = RequestOutput(request_id, None, tokens, None, completions, finished=True)
+        output.weight_version = self.weight_version
+        return output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """As ``AsyncLLM.abort``; also forgets parents (``n > 1``) whose children have all ended."""
-        await super().abort(request_id)
+        """As ``AsyncLLM.abort``, also for requests that wait for the engine to wake or to be updated."""
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+        self._gate.abort(names)
+        await super().abort(names)
         # vllm-project/vllm#51629: aborting the last child by its own id leaves the parent's entry behind.
         parents = self.output_processor.parent_requests
         for parent in [key for key, value in parents.items() if not value.child_requests]:
@@ -274,7 +303,7 @@ class RolloutEngine(AsyncLLM):
     ) -> AsyncIterator[WeightUpdate]:
         """One complete set of weights, all or nothing: ``async with engine.weight_update() as u: await u.send(w)``.
 
-        On leaving the block every parameter must have been reached; then the prefix cache is emptied and the
+        The prefix cache is emptied first. On leaving the block every parameter must have been reached; then the
         weight version goes up by one. If that fails, or the block raises after something was written, the
         engine is inconsistent and refuses to generate until an update succeeds. Sleeping weights are woken;
         the KV cache goes on sleeping.
@@ -293,22 +322,25 @@ class RolloutEngine(AsyncLLM):
         if running not in ("abort", "wait"):
             raise ConfigurationError(f"running must be 'abort' or 'wait', got {running!r}")
         async with self._control, self._gate.closed():
+            own = sender is None
             if sender is None:
                 sender = await sender_for(self, transport, self._senders)
-            await self._quiesce(running)
-            await self._begin_update()
+            await self._begin_update(running)
             self._session_open = True
             update = WeightUpdate(self, sender)
             try:
                 yield update
                 reports = await self._workers("finish_update")
             except BaseException as error:
+                if own and transport == "collective":
+                    # Its ranks may be out of step now; the next update sets up a new group.
+                    self._senders.pop(transport).close()
                 await self._abandon_update(error)
                 raise
             finally:
                 self._session_open = False
             update.counts = {key: reports[0][key] for key in ("replayed", "loaded")}
-            await self._commit_update(reports)
+            self._commit_update(reports)
 
     async def update_parameter_in_bucket(
         self, serialized_named_tensors: Sequence[bytes], is_lora: bool = False
@@ -401,9 +433,9 @@ class RolloutEngine(AsyncLLM):
                 except WeightUpdateError as error:
                     await self._abandon_update(error)
                     raise
-                await self._commit_update(reports)
-            await self._workers("process_weights_after_loading")
+                self._commit_update(reports)
             await self._drop_prefix_cache()
+            await self._workers("process_weights_after_loading")
 
     async def add_lora(self, lora_request: Any) -> bool:
         """As ``AsyncLLM.add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
@@ -416,27 +448,28 @@ class RolloutEngine(AsyncLLM):
             await self._workers(method, *args)
             return
         async with self._control, self._gate.closed():
-            await self._quiesce("abort")
             if not self._implicit_open:
-                await self._begin_update()
+                await self._begin_update("abort")
             try:
                 states = await self._workers(method, *args)
                 touched = any(state["weights"] == WeightsStatus.UPDATING.value for state in states)
                 self._implicit_open = touched
                 if touched and not any(state["missing"] for state in states):
-                    await self._commit_update(await self._workers("finish_update"))
+                    self._commit_update(await self._workers("finish_update"))
                 else:
                     self._note(states)
             except BaseException as error:
                 await self._abandon_update(error)
                 raise
 
-    async def _begin_update(self) -> None:
+    async def _begin_update(self, running: str) -> None:
+        await self._quiesce(running)
+        # Before anything is written: nobody can fill the cache again until the set is complete.
+        await self._drop_prefix_cache()
         self._note(await self._workers("begin_update"))
 
-    async def _commit_update(self, reports: Sequence[Mapping[str, Any]]) -> None:
+    def _commit_update(self, reports: Sequence[Mapping[str, Any]]) -> None:
         self._implicit_open = False
-        await self._drop_prefix_cache()
         self._note(reports, weight_version=self.weight_version + 1, reason="")
 
     async def _abandon_update(self, error: BaseException) -> None:
@@ -451,3 +484,5 @@ class RolloutEngine(AsyncLLM):
         for sender in getattr(self, "_senders", {}).values():
             sender.close()
         super().shutdown()
+        for directory in getattr(self, "_scratch", ()):
+            shutil.rmtree(directory, ignore_errors=True)

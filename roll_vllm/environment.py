@@ -144,6 +144,14 @@ def _cache_roots(worker_name: str | None, environ: Mapping[str, str], cache_home
     return vllm, flashinfer / own if flashinfer else vllm
 
 
+_UNNAMED = "unnamed."
+
+
+def is_unnamed(directory: str) -> bool:
+    """Whether :func:`worker_directory` gave this name to a worker without one."""
+    return directory.startswith(_UNNAMED)
+
+
 def worker_directory(worker_name: str | None) -> str:
     """Return the name of a worker's sub-directory: one path component, different for different names.
 
@@ -152,7 +160,7 @@ def worker_directory(worker_name: str | None) -> str:
     """
     if worker_name is None or not worker_name.strip():
         # Process ids repeat across machines that share a file system.
-        return f"unnamed.{os.getpid()}.{uuid.uuid4().hex}"
+        return f"{_UNNAMED}{os.getpid()}.{uuid.uuid4().hex}"
     if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", worker_name):
         return worker_name
     digest = hashlib.sha256(worker_name.encode("utf-8", "surrogatepass")).hexdigest()[:32]

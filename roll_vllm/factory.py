@@ -77,22 +77,28 @@ async def create_async_llm(
         )
     )
     changes.update(_cpu_binding(arguments, device))
-    environment.ensure_cache_directory(Path(str(changes["VLLM_CACHE_ROOT"])))
-    environment.ensure_cache_directory(Path(str(changes["FLASHINFER_WORKSPACE_BASE"])))
-
-    with environment.AppliedEnvironment(changes), environment.left_as_found():
+    with environment.left_as_found():
         # Inside, because importing vLLM sets variables too.
         from roll_vllm.engine import RolloutEngine
 
-        _release_expandable_segments(device)
-        try:
-            return await RolloutEngine.start(_checked(arguments), allow_dummy_weights=allow_dummy_weights)
-        except RollVllmError:
-            raise
-        except Exception as error:
-            if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
-                raise EngineOutOfMemoryError(f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}") from error
-            raise
+        checked = _checked(arguments)
+        caches = [Path(str(changes[name])) for name in ("VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")]
+        for directory in caches:
+            environment.ensure_cache_directory(directory)
+        # A worker without a name has caches that nobody finds again.
+        scratch = [directory for directory in caches if environment.is_unnamed(directory.name)]
+        with environment.AppliedEnvironment(changes):
+            _release_expandable_segments(device)
+            try:
+                return await RolloutEngine.start(checked, allow_dummy_weights=allow_dummy_weights, scratch=scratch)
+            except RollVllmError:
+                raise
+            except Exception as error:
+                if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
+                    raise EngineOutOfMemoryError(
+                        f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}"
+                    ) from error
+                raise
 
 
 def _engine_arguments(given: Mapping[str, Any], device: Device) -> dict[str, Any]:

@@ -56,7 +56,6 @@ class CollectiveGroup:
 
         limit = timeout()
         self.name, self.rank, self.world_size = group_name, rank, world_size
-        self._world = distributed_c10d._world
         url = f"tcp://{master_address}:{master_port}"
         try:
             store, _, _ = next(rendezvous(url, rank, world_size, timeout=limit))
@@ -65,6 +64,8 @@ class CollectiveGroup:
             self._group, _ = distributed_c10d._new_process_group_helper(
                 world_size, rank, [], backend, PrefixStore(group_name, store), group_name, timeout=limit
             )
+            # What torch's new_group() would note, and destroy_process_group() looks for.
+            distributed_c10d._world.pg_group_ranks[self._group] = {each: each for each in range(world_size)}
         except Exception as error:
             raise WeightUpdateError(
                 f"rank {rank} of {world_size} could not join collective group {group_name!r} at {url} with "
@@ -80,6 +81,8 @@ class CollectiveGroup:
         """
         from torch.distributed import BroadcastOptions
 
+        if self._group is None:
+            raise WeightUpdateError(f"collective group {self.name!r} is closed; set up a new one")
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
@@ -93,10 +96,11 @@ class CollectiveGroup:
 
     def close(self) -> None:
         """Leave the group; the other ranks' next call fails."""
-        # The helper registered the group; torch's public destroy_process_group wants a default group too.
-        for registry in ("pg_map", "pg_names", "pg_backend_config", "pg_group_ranks"):
-            getattr(self._world, registry).pop(self._group, None)
-        self._group = None
+        from torch.distributed import destroy_process_group
+
+        group, self._group = self._group, None
+        if group is not None:
+            destroy_process_group(group)
 
 
 class CollectiveSender:
