@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -166,7 +166,7 @@ async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Tr
     again = await vllm_engine.complete(prompt, temperature=0.0, max_tokens=1)
     assert again.num_cached_tokens >= 256, "the prefix cache does not work at all, so this test would prove nothing"
     await continuous_trainer.push(vllm_engine, version + 1)
-    sampling = {"temperature": 0.0, "max_tokens": 4, "logprobs": 5}
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4, "logprobs": 5}
     first = await vllm_engine.complete(prompt, **sampling)
     assert first.num_cached_tokens == 0, f"{first.num_cached_tokens} tokens came from the old weights' cache"
     await vllm_engine.reset_prefix_cache()

@@ -6,6 +6,9 @@ that fits, so that callers who know only the builtin still catch them.
 
 from __future__ import annotations
 
+#: What an out-of-memory error always says.
+OUT_OF_MEMORY_REMEDY = "lower gpu_memory_utilization or use sleep level 2"
+
 
 class RollVllmError(Exception):
     """Base class of all errors raised by ``roll_vllm``."""
@@ -32,7 +35,4 @@ class EngineAsleepError(RollVllmError, RuntimeError):
 
 
 class EngineOutOfMemoryError(RollVllmError, MemoryError):
-    """The device has too little memory.
-
-    The remedies are always the same two: lower ``gpu_memory_utilization`` or use sleep level 2.
-    """
+    """The device has too little memory; the message ends with :data:`OUT_OF_MEMORY_REMEDY`."""

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roll_vllm import devices, environment, versions
-from roll_vllm.errors import ConfigurationError, EngineOutOfMemoryError, RollVllmError, UnsupportedFeatureError
-from roll_vllm.worker.memory import OUT_OF_MEMORY_REMEDY
+from roll_vllm.errors import (
+    OUT_OF_MEMORY_REMEDY,
+    ConfigurationError,
+    EngineOutOfMemoryError,
+    RollVllmError,
+    UnsupportedFeatureError,
+)
 
 if TYPE_CHECKING:
     from roll_vllm.devices import Device

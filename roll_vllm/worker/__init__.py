@@ -1,1 +1,1 @@
-"""What runs inside vLLM's worker process. Only workers import the modules of this package."""
+"""What runs inside vLLM's worker process."""

@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from roll_vllm.errors import EngineOutOfMemoryError, UnsupportedFeatureError
+from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, UnsupportedFeatureError
 from roll_vllm.state import TAGS
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Bytes that read as NaN in every floating-point dtype: what was not restored shows at once.
 POISON = 0xFF
-
-OUT_OF_MEMORY_REMEDY = "lower gpu_memory_utilization or use sleep level 2"
 
 
 class SleepMemory(Protocol):
@@ -122,7 +120,7 @@ class PoolMemory:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._sleeping: frozenset[str] = frozenset()
-        self._bytes: dict[str, int] = {}
+        self._level = 0
 
     @property
     def sleeping(self) -> frozenset[str]:
@@ -130,10 +128,12 @@ class PoolMemory:
         return self._sleeping
 
     def sleep(self, level: int) -> None:
-        """Let vLLM's worker sleep at the level; escalating from 1 to 2 needs a wake in between."""
-        if not self._sleeping:
-            self._worker.sleep(level)
-            self._sleeping = frozenset(TAGS)
+        """Let vLLM's worker sleep at the level, once; from level 1 to 2 by way of a wake."""
+        if self._sleeping and level <= self._level:
+            return
+        self.wake(TAGS)
+        self._worker.sleep(level)
+        self._sleeping, self._level = frozenset(TAGS), level
 
     def wake(self, tags: Iterable[str]) -> frozenset[str]:
         """Wake the tags, weights first: up to vLLM 0.24 any wake writes saved buffers into the weights' memory."""

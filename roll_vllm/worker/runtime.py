@@ -102,7 +102,16 @@ class WorkerRuntime:
     # -- weights --------------------------------------------------------------------------------------------
 
     def begin_update(self) -> dict[str, Any]:
-        """Start a complete set of weights; wakes their memory if it is asleep."""
+        """Start a complete set of weights; wakes their memory if it is asleep.
+
+        Raises:
+            UnsupportedFeatureError: the engine speculates with a drafter model, which would keep its old weights.
+        """
+        if hasattr(getattr(self._worker.model_runner, "drafter", None), "model"):
+            raise UnsupportedFeatureError(
+                "this release of roll_vllm does not update the weights of a drafter model; start the engine without "
+                "speculative_config, or with a method that has no weights (ngram)"
+            )
         if "weights" in self._memory.sleeping:
             self.wake(["weights"])
         self._loader.begin()
