@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,8 +156,10 @@ class EngineHandle:
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         params = SamplingParams(**{"ignore_eos": True, **sampling})
-        async for output in self.generate(prompt, params, request_id=request_id or uuid.uuid4().hex):
-            yield output
+        # Closing this generator must reach the engine at once, not when the inner one is collected.
+        async with aclosing(self.generate(prompt, params, request_id=request_id or uuid.uuid4().hex)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def greedy(self, prompts: Iterable[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """The greedy continuations of several prompts, generated together."""
@@ -241,5 +243,6 @@ class EnginePool:
     def close(self) -> None:
         """Close every engine."""
         handles, self._shared, self._owned = [*self._shared.values(), *self._owned], {}, []
-        for handle in handles:
-            handle.close()
+        with ExitStack() as closing:  # all of them, even when one fails
+            for handle in handles:
+                closing.callback(handle.close)

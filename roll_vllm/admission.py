@@ -103,8 +103,10 @@ class AdmissionGate:
             await self._changed.wait()
         finally:
             self._waiting.remove(request_id)
-        if request_id in self._aborted:
+            # Also when the caller gave up: its id may come again.
+            aborted = request_id in self._aborted
             self._aborted.discard(request_id)
+        if aborted:
             raise AbortedWhileWaiting(request_id)
 
     def _open(self, waited: bool) -> bool:

@@ -89,7 +89,7 @@ class RolloutEngine(AsyncLLM):
         try:
             async with aclosing(super().generate(*args, **kwargs)) as outputs:
                 async for output in outputs:
-                    output.weight_version = self._versions[request_id]
+                    output.weight_version = self._versions.get(request_id, self.weight_version)
                     yield output
         except EngineGenerateError as error:
             # vLLM wraps whatever add_request raises; ours says more than the wrapper.
@@ -186,10 +186,10 @@ class RolloutEngine(AsyncLLM):
 
     def _state_from(self, reports: Sequence[Mapping[str, Any]]) -> EngineState:
         workers = tuple(WorkerState.from_report(report) for report in reports)
-        statuses = [worker.weights for worker in workers if worker.weights is not WeightsStatus.COMPLETE]
+        order = list(WeightsStatus)
         return dataclasses.replace(
             self._gate.state,
-            weights=statuses[0] if statuses else WeightsStatus.COMPLETE,
+            weights=max((worker.weights for worker in workers), key=order.index),
             sleeping=frozenset().union(*(worker.sleeping for worker in workers)),
             workers=workers,
         )
@@ -437,11 +437,12 @@ class RolloutEngine(AsyncLLM):
             await self._drop_prefix_cache()
             await self._workers("process_weights_after_loading")
 
-    async def add_lora(self, lora_request: Any) -> bool:
+    async def add_lora(self, peft_config: Any = None, *, lora_request: Any = None) -> bool:
         """As ``AsyncLLM.add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
-        if isinstance(lora_request, Mapping):
+        request = peft_config if lora_request is None else lora_request
+        if request is None or isinstance(request, Mapping):
             raise UnsupportedFeatureError(_LORA)
-        return bool(await super().add_lora(lora_request))
+        return bool(await super().add_lora(request))
 
     async def _receive(self, method: str, *args: Any) -> None:
         if self._session_open:

@@ -14,11 +14,12 @@ TAGS = ("weights", "kv_cache")
 class WeightsStatus(str, enum.Enum):
     """What the engine's parameters hold."""
 
-    NEVER_LOADED = "never loaded"
-    UPDATING = "updating"
+    # From best to worst: an engine is in the worst state of its ranks.
     COMPLETE = "complete"
-    INCONSISTENT = "inconsistent"
+    UPDATING = "updating"
     DESTROYED = "destroyed"
+    NEVER_LOADED = "never loaded"
+    INCONSISTENT = "inconsistent"
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class BucketSender:
         if self._bucket is None or self._bucket.memory.nbytes < end:
             if self._bucket is not None:
                 self._bucket.close()
-            self._bucket = Segment(max(end, self._bucket_bytes))
+            self._bucket = Segment(end)
         memory = self._bucket.memory
         homes = [
             memory[p.offset : p.end].view(tensor.dtype).view(tensor.shape)

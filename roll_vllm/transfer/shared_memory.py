@@ -7,6 +7,7 @@ is not used because before Python 3.13 every process that attaches also deletes 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import tempfile
@@ -34,23 +35,21 @@ def directory() -> Path:
 
 
 def sweep() -> None:
-    """Delete the segments of processes that died without deleting their own."""
+    """Delete the segments of processes that died without deleting their own.
+
+    A living owner holds a lock on its file. Process ids would not do: containers may share the memory and not them.
+    """
     for path in directory().glob(f"{_PREFIX}*"):
-        match = _OWNER.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
-            # Another user's, or not ours after all.
-            with contextlib.suppress(OSError):
+        if not _OWNER.fullmatch(path.name):
+            continue
+        # Locked: the owner lives. Any other error: another user's, or not ours after all.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+            finally:
+                os.close(descriptor)
 
 
 class Segment:
@@ -70,21 +69,24 @@ class Segment:
     def __init__(self, size: int) -> None:
         sweep()
         self.path = directory() / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        unlocked = self.path.with_name(f"{self.path.name}.new")  # a name that no sweep looks at
+        descriptor = -1
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            try:
-                # Reserve now: a sparse file would end in SIGBUS at the first write the file system has no room for.
-                os.posix_fallocate(descriptor, 0, max(size, 1))
-            finally:
-                os.close(descriptor)
+            descriptor = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Reserve now: a sparse file would end in SIGBUS at the first write the file system has no room for.
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+            unlocked.rename(self.path)
         except OSError as error:
-            self.path.unlink(missing_ok=True)
+            unlocked.unlink(missing_ok=True)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise ConfigurationError(
                 f"cannot reserve {size} bytes of shared memory in {self.path.parent}: {error}. Enlarge it (for a "
                 "container, its shm size), use a smaller bucket_bytes, or point ROLL_VLLM_SHM_DIR elsewhere"
             ) from error
         self.memory: torch.Tensor = _map(self.path, size)
-        self._finalizer = weakref.finalize(self, _unlink_in, os.getpid(), self.path)
+        self._finalizer = weakref.finalize(self, _delete, os.getpid(), self.path, descriptor)
 
     def close(self) -> None:
         """Delete the file. Mappings that exist stay valid until their tensors are gone."""
@@ -129,7 +131,8 @@ def _map(path: Path, size: int) -> torch.Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
-def _unlink_in(owner: int, path: Path) -> None:
+def _delete(owner: int, path: Path, descriptor: int) -> None:
     # A forked child inherits the finalizer, but the segment is not its own.
     if os.getpid() == owner:
         path.unlink(missing_ok=True)
+        os.close(descriptor)

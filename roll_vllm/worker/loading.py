@@ -153,6 +153,7 @@ class WeightLoader:
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._owners: dict[int, str] = {}
         self._known_complete: set[frozenset[str]] = set()
+        self._known_covered: set[tuple[str, frozenset[str]]] = set()
         self.rescan()
         self.begin()
 
@@ -165,6 +166,7 @@ class WeightLoader:
         if owners != self._owners:
             self._routes.clear()
             self._known_complete.clear()
+            self._known_covered.clear()
         self._parameters, self._owners = parameters, owners
         self._dtypes = sorted({dtype_name(parameter.dtype) for parameter in parameters.values()})
         self.forget()
@@ -364,19 +366,26 @@ class WeightLoader:
 
     def _uncovered(self) -> Iterator[str]:
         regions: dict[str, list[Region]] = defaultdict(list)
+        senders: dict[str, set[str]] = defaultdict(set)
         for name in self._received:
             for write in self._routes[name].writes:
                 regions[write.parameter].append(write.target)
+                senders[write.parameter].add(name)
         for name, parameter in self._parameters.items():
             storage = parameter.untyped_storage()
-            written = regions[self._owners[storage._cdata]]
+            owner = self._owners[storage._cdata]
+            written, known = regions[owner], (name, frozenset(senders[owner]))
+            if known in self._known_covered:
+                continue
             if sum(region.numel for region in written) < parameter.numel():
                 yield name
                 continue
             mask = torch.zeros(storage.nbytes() // parameter.element_size(), dtype=torch.bool)
             for region in written:
                 region.view(mask).fill_(True)
-            if not bool(Region.of(parameter.data).view(mask).all()):
+            if bool(Region.of(parameter.data).view(mask).all()):
+                self._known_covered.add(known)
+            else:
                 yield name
 
 

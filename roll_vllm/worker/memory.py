@@ -129,7 +129,7 @@ class PoolMemory:
 
     def sleep(self, level: int) -> None:
         """Let vLLM's worker sleep at the level, once; from level 1 to 2 by way of a wake."""
-        if self._sleeping and level <= self._level:
+        if self._sleeping == frozenset(TAGS) and level <= self._level:
             return
         self.wake(TAGS)
         self._worker.sleep(level)
@@ -159,7 +159,10 @@ def out_of_memory_explained(action: str) -> Iterator[None]:
         yield
     except EngineOutOfMemoryError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory").
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
         raise EngineOutOfMemoryError(f"out of memory while {action} ({error}): {OUT_OF_MEMORY_REMEDY}") from error
 
 

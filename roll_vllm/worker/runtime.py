@@ -120,6 +120,8 @@ class WorkerRuntime:
     def receive_bucket(self, payloads: Sequence[bytes]) -> dict[str, Any]:
         """Load the tensors of one shared-memory bucket; ``payloads`` has one entry a rank."""
         payload = payloads[int(self._worker.rank)]
+        if not isinstance(payload, bytes):
+            raise WeightUpdateError(f"a payload must be bytes, got {type(payload).__name__}; see BucketSender.payloads")
         if payload not in self._buckets:
             manifest = BucketManifest.decode(payload)
             # Only what senders still keep: mappings of buckets they deleted would hold memory here.
@@ -151,7 +153,12 @@ class WorkerRuntime:
             )
         specs = specs_from(names, dtypes, shapes)
         # Everything is received before anything is judged, so that the sender is never left half-way.
-        return self._load(collective.receive(self._groups[group], specs, self._device))
+        try:
+            pairs = collective.receive(self._groups[group], specs, self._device)
+        except WeightUpdateError:
+            self._groups.pop(group).close()
+            raise
+        return self._load(pairs)
 
     def _load(self, pairs: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
         # A tied head may trail behind the tensor that completed the set; it starts no new one.
@@ -168,6 +175,8 @@ class WorkerRuntime:
         except RollVllmError:
             self.abandon_update()
             raise
+        if not any(pairs is kept for kept in self._buckets.values()):
+            self._loader.forget()  # copies made here, which would hold as much memory as the weights
         self._status = WeightsStatus.UPDATING
         return self.state()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from roll_vllm.admission import AdmissionGate
+from roll_vllm.admission import AbortedWhileWaiting, AdmissionGate
 from roll_vllm.errors import RollVllmError, WeightsNotReadyError
 from roll_vllm.state import EngineState, WeightsStatus
 
@@ -25,16 +26,18 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def enter(gate: AdmissionGate) -> str:
+async def enter(gate: AdmissionGate, name: str) -> str:
     try:
-        async with gate.admitted():
+        async with gate.admitted(name):
             return "entered"
     except WeightsNotReadyError:
         return "refused"
+    except AbortedWhileWaiting:
+        return "aborted"
 
 
-async def arrive(gate: AdmissionGate) -> asyncio.Task[str]:
-    task = asyncio.ensure_future(enter(gate))
+async def arrive(gate: AdmissionGate, name: str = "") -> asyncio.Task[str]:
+    task = asyncio.ensure_future(enter(gate, name))
     await settle()
     return task
 
@@ -91,7 +94,7 @@ def test_a_refusal_names_cause_reason_and_remedy(weights: WeightsStatus) -> None
         async with AdmissionGate(EngineState(weights, reason="disk on fire")).admitted():
             pytest.fail("nobody may enter")
 
-    with pytest.raises(WeightsNotReadyError, match=r"generation refused: .*weight_update\(\).*\(disk on fire\)") as info:
+    with pytest.raises(WeightsNotReadyError, match=r"^generation refused: .*weight_update.*\(disk on fire\)$") as info:
         run(test())
     assert isinstance(info.value, RollVllmError)
     assert isinstance(info.value, RuntimeError)
@@ -145,28 +148,31 @@ def test_sleep_update_wake() -> None:
 def test_a_failed_update_refuses_those_who_waited_for_it() -> None:
     async def test() -> None:
         gate = AdmissionGate(READY)
-        with pytest.raises(ZeroDivisionError):
-            async with gate.closed():
-                waiting = [await arrive(gate) for _ in range(5)]
-                gate.state = EngineState(WeightsStatus.INCONSISTENT, reason="torn")
-                await settle()
-                assert {fate(task) for task in waiting} == {"waits"}
-                raise ZeroDivisionError
+        async with gate.closed():
+            waiting = [await arrive(gate) for _ in range(5)]
+            gate.state = EngineState(WeightsStatus.INCONSISTENT, reason="torn")
+            await settle()
+            assert {fate(task) for task in waiting} == {"waits"}
         await settle()
         assert [fate(task) for task in waiting] == ["refused"] * 5
 
     run(test())
 
 
-def test_an_update_that_changed_nothing_lets_them_in() -> None:
+def test_an_update_that_failed_before_it_wrote_lets_them_in() -> None:
     async def test() -> None:
         gate = AdmissionGate(READY)
-        with pytest.raises(ZeroDivisionError):
+        waiting = []
+
+        async def update() -> None:
             async with gate.closed():
-                task = await arrive(gate)
+                waiting.append(await arrive(gate))
                 raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await update()
         await settle()
-        assert fate(task) == "entered"
+        assert fate(waiting[0]) == "entered"
 
     run(test())
 
@@ -242,6 +248,61 @@ def test_giving_up_while_entering_waiting_or_closing_leaves_no_trace() -> None:
             pass
 
     run(test())
+
+
+# --- aborted while waiting -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_who_waits_can_be_aborted(held: bool) -> None:
+    async def test() -> None:
+        gate = AdmissionGate(READY if held else EngineState(WeightsStatus.COMPLETE, sleeping=SLEEPS[0]))
+        async with gate.closed() if held else nullcontext():
+            first, second, unnamed = [await arrive(gate, name) for name in ("first", "second", "")]
+            gate.abort(["second", "nobody"])
+            await settle()
+            assert [fate(task) for task in (first, second, unnamed)] == ["waits", "aborted", "waits"]
+            again = await arrive(gate, "second")
+            assert fate(again) == "waits"
+        gate.state = READY
+        await settle()
+        assert [fate(task) for task in (first, unnamed, again)] == ["entered"] * 3
+
+    run(test())
+
+
+def test_an_abort_and_an_open_gate_at_the_same_moment() -> None:
+    async def test() -> None:
+        gate = AdmissionGate(EngineState(WeightsStatus.COMPLETE, sleeping=SLEEPS[0]))
+        task = await arrive(gate, "one")
+        gate.abort(["one"])
+        gate.state = READY
+        await settle()
+        assert fate(task) == "aborted"
+
+    run(test())
+
+
+def test_an_abort_is_not_kept_for_later() -> None:
+    async def test() -> None:
+        gate = AdmissionGate(READY)
+        gate.abort(["one"])
+        assert fate(await arrive(gate, "one")) == "entered"
+        gate.state = EngineState(WeightsStatus.COMPLETE, sleeping=SLEEPS[0])
+        gives_up = await arrive(gate, "one")
+        gate.abort(["one"])
+        gives_up.cancel()
+        await settle()
+        assert gives_up.cancelled()
+        task = await arrive(gate, "one")
+        gate.state = READY
+        await settle()
+        assert fate(task) == "entered"
+
+    run(test())
+
+
+# --- many ------------------------------------------------------------------------------------------------
 
 
 def test_the_gate_opens_with_the_last_who_closed_it() -> None:

@@ -1,0 +1,228 @@
+"""The collective transport between two processes: it arrives, or it ends in time with one kind of error."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from roll_vllm import CollectiveSender
+from roll_vllm.errors import ConfigurationError, WeightUpdateError
+from roll_vllm.transfer.collective import CollectiveGroup, receive, timeout
+from roll_vllm.transfer.manifest import ELEMENT_SIZE, specs_from
+from roll_vllm.worker.checksums import checksum
+
+#: What gloo can carry; the 8-bit floats and int16 are for the device backends.
+DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8"]
+
+Description = dict[str, list[Any]]
+Join = Callable[..., CollectiveSender]
+
+groups: dict[str, CollectiveGroup] = {}
+
+
+def join_there(port: int, world_size: int, name: str, limit: str = "60") -> None:
+    os.environ["ROLL_VLLM_COLLECTIVE_TIMEOUT"] = limit
+    torch.set_num_threads(1)
+    groups[name] = CollectiveGroup("127.0.0.1", port, 1, world_size, name, "gloo")
+
+
+def receive_there(name: str, description: Description) -> dict[str, str]:
+    received = receive(groups[name], specs_from(**description), torch.device("cpu"))
+    return {tensor_name: checksum(tensor) for tensor_name, tensor in received}
+
+
+def leave_there(name: str) -> None:
+    groups.pop(name).close()
+
+
+def tidy_there() -> tuple[bool, int]:
+    return dist.is_initialized(), len(dist.distributed_c10d._world.pg_map)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def name() -> str:
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def join(port: int, name: str, other_process: ProcessPoolExecutor) -> Iterator[Join]:
+    """Joins both ends of a new group; the limit (seconds) holds on both sides."""
+    joined = []
+
+    def both(limit: str = "60", name: str = name) -> CollectiveSender:
+        there = other_process.submit(join_there, port, 2, name, limit)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", limit)
+            sender = CollectiveSender("127.0.0.1", port, 2, name)
+        there.result(60)
+        joined.append(sender)
+        return sender
+
+    yield both
+    for sender in joined:
+        sender.close()
+
+
+def fails_within(seconds: float, call: Callable[[], object], message: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(WeightUpdateError, match=message):
+        call()
+    assert time.monotonic() - begun < seconds
+
+
+def test_tensors_arrive(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    sender = join()
+    for step in range(2):
+        tensors = {dtype: torch.randint(-9, 9, (4, 6)).abs().to(getattr(torch, dtype)) + step for dtype in DTYPES} | {
+            "scalar": torch.tensor(1.5),
+            "transposed": torch.randn(3, 5).T,
+            "parameter": torch.nn.Parameter(torch.randn(7)),
+        }
+        description = CollectiveSender.describe(tensors)
+        assert description["names"] == list(tensors)
+        assert description["dtypes"][:2] == ["float64", "float32"]
+        assert description["shapes"][-2:] == [[5, 3], [7]]
+        there = other_process.submit(receive_there, name, description)
+        sender.send(iter(tensors.items()))
+        assert there.result(60) == {tensor_name: checksum(tensor) for tensor_name, tensor in tensors.items()}
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_a_name_can_be_used_again(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    for value in range(2):
+        sender = join()
+        tensors = {"a": torch.full((3,), float(value))}
+        there = other_process.submit(receive_there, name, CollectiveSender.describe(tensors))
+        sender.send(tensors)
+        assert there.result(60) == {"a": checksum(tensors["a"])}
+        sender.close()
+        other_process.submit(leave_there, name).result(60)
+
+
+def test_two_groups_beside_each_other(port: int, join: Join, other_process: ProcessPoolExecutor) -> None:
+    first, second = f"one-{uuid.uuid4().hex}", f"two-{uuid.uuid4().hex}"
+    senders = {name: join(name=name) for name in (first, second)}
+    for value, name in enumerate([second, first, second]):
+        tensors = {"a": torch.full((3,), float(value))}
+        there = other_process.submit(receive_there, name, CollectiveSender.describe(tensors))
+        senders[name].send(tensors)
+        assert there.result(60) == {"a": checksum(tensors["a"])}
+    for name in senders:
+        other_process.submit(leave_there, name).result(60)
+
+
+def test_the_default_group_is_left_alone(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    before = len(dist.distributed_c10d._world.pg_map)
+    sender = join()
+    assert not dist.is_initialized()
+    sender.close()
+    sender.close()
+    assert len(dist.distributed_c10d._world.pg_map) == before
+    other_process.submit(leave_there, name).result(60)
+    assert other_process.submit(tidy_there).result(60) == (False, 0)
+
+
+# --- in time ---------------------------------------------------------------------------------------------
+
+
+def test_nobody_joins_the_sender(port: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", "1")
+    message = rf"rank 0 of 2 could not join collective group '{name}' at tcp://127\.0\.0\.1:{port} with gloo within 1 s"
+    fails_within(5, lambda: CollectiveSender("127.0.0.1", port, 2, name), message)
+
+
+def test_there_is_no_sender(port: int, name: str, other_process: ProcessPoolExecutor) -> None:
+    there = other_process.submit(join_there, port, 2, name, "1")
+    fails_within(10, lambda: there.result(60), "rank 1 of 2 could not join .* Start every rank with the same address")
+
+
+def test_a_port_that_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", "1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        fails_within(10, lambda: CollectiveSender("127.0.0.1", port, 2, name), "rank 0 of 2 could not join")
+
+
+def test_an_unknown_backend(port: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", "1")
+    fails_within(5, lambda: CollectiveSender("127.0.0.1", port, 1, name, "pigeon"), "with pigeon within")
+
+
+def test_nobody_receives(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    sender = join("2")
+    # More than the sockets buffer: a small broadcast leaves without anybody receiving it.
+    large = {"a": torch.zeros(2**24)}
+    message = rf"broadcast in collective group '{name}' failed on rank 0: .*under another group_name, then send a full"
+    fails_within(10, lambda: sender.send(large), message)
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_nobody_sends(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    join("2")
+    description = CollectiveSender.describe({"a": torch.zeros(3)})
+    there = other_process.submit(receive_there, name, description)
+    fails_within(10, lambda: there.result(60), "failed on rank 1")
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_the_sender_leaves(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    sender = join("20")
+    description = CollectiveSender.describe({"a": torch.zeros(3)})
+    there: Future[object] = other_process.submit(receive_there, name, description)
+    threading.Timer(0.5, sender.close).start()
+    fails_within(10, lambda: there.result(60), "failed on rank 1")
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_sending_after_leaving(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    sender = join()
+    sender.close()
+    fails_within(1, lambda: sender.send({"a": torch.zeros(1)}), rf"collective group '{name}' is closed")
+    other_process.submit(leave_there, name).result(60)
+
+
+# --- the limit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1", 1), ("0.25", 0.25), (" 7 ", 7), ("1e3", 1000)])
+def test_the_limit(monkeypatch: pytest.MonkeyPatch, text: str, seconds: float) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", text)
+    assert timeout() == timedelta(seconds=seconds)
+
+
+def test_the_limit_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", raising=False)
+    assert timeout() == timedelta(seconds=120)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "soon", "nan", "inf", "-inf", "1e300", "1e-300", "1 s"])
+def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", text)
+    with pytest.raises(ConfigurationError, match="must be a positive number of seconds, got"):
+        timeout()
+
+
+def test_a_dtype_that_cannot_travel() -> None:
+    assert set(DTYPES) < set(ELEMENT_SIZE)
+    with pytest.raises(WeightUpdateError, match="cannot be sent"):
+        CollectiveSender.describe({"a": torch.zeros(1, dtype=torch.complex64)})
