@@ -104,6 +104,7 @@ def apply(items: Iterable[pytest.Item]) -> None:
                 )
             item.stash[CONTRACT_KEY] = contract
             item.user_properties.append((CONTRACT, contract.id))
+            item.extra_keyword_matches.add(contract.id)  # for -k
             specifiers.append(contract.versions)
         for row in versions.TESTED:
             if all(versions.satisfies(row.release, one) for one in specifiers):

@@ -169,6 +169,26 @@ def test_several_tests_of_one_contract(installed: Inner) -> None:
     assert tests == {"own": ["test_three"], "shared": ["test_two", "test_one"]}
 
 
+@pytest.mark.parametrize(("expression", "passed"), [("wu", 2), ("wu-two", 1), ("wu and not wu-two", 1), ("sl", 0)])
+def test_selection_by_contract(installed: Inner, expression: str, passed: int) -> None:
+    result = installed.run(
+        "-k",
+        expression,
+        source="""
+        from pytest_roll_vllm.contracts import contract
+
+        @contract("wu-one", "A sentence.")
+        def test_first(): pass
+
+        @contract("wu-two", "A sentence.")
+        def test_second(): pass
+
+        def test_third(): pass
+        """,
+    )
+    result.assert_outcomes(passed=passed, deselected=3 - passed)
+
+
 ENGINES = """
     import pytest
 
