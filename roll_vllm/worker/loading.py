@@ -172,9 +172,9 @@ class WeightLoader:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the tensors that the last :meth:`load` was given."""
-        self._last: NamedTensorList | None = None
-        self._copies: tuple[NamedTensorList, list[torch.Tensor], list[torch.Tensor]] | None = None
+        """Let go of the tensors that :meth:`load` was given."""
+        #: By the identity of a list that was loaded by route alone: the list, and its copies' targets and sources.
+        self._copies: dict[int, tuple[NamedTensorList, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def begin(self) -> None:
         """Start a new set: nothing is received yet."""
@@ -196,7 +196,7 @@ class WeightLoader:
         Raises:
             WeightUpdateError: a name, dtype or shape is wrong. ``dirty`` tells whether anything was written.
         """
-        if pairs is self._last:
+        if id(pairs) in self._copies:
             routed, others = pairs, []
         else:
             wanted = [(name, tensor) for name, tensor in pairs if not self._set_aside(name, tensor)]
@@ -204,10 +204,12 @@ class WeightLoader:
                 self._check(name, tensor)
             routed = [(name, tensor) for name, tensor in wanted if self._trusted(name)]
             others = [(name, tensor) for name, tensor in wanted if not self._trusted(name)]
-            self._last = pairs if len(routed) == len(pairs) else None
+            if len(routed) == len(pairs):
+                routed = pairs
+                self._copies[id(pairs)] = (pairs, *self._copies_of(pairs))
         with torch.no_grad():
             if routed:
-                self._replay(pairs if pairs is self._last else routed)
+                self._replay(routed)
             if others:
                 self._learn(others)
         self._received.update(name for name, _ in (*routed, *others))
@@ -298,22 +300,25 @@ class WeightLoader:
     # -- loading ------------------------------------------------------------------------------------------
 
     def _replay(self, pairs: NamedTensorList) -> None:
-        if self._copies is None or self._copies[0] is not pairs:
-            targets, sources = [], []
-            for name, tensor in pairs:
-                origin = tensor.storage_offset()
-                for target, write in self._routes[name].targets:
-                    if write.source is not None:
-                        targets.append(target)
-                        sources.append(write.source.view(tensor, origin))
-            self._copies = (pairs, targets, sources)
+        known = self._copies.get(id(pairs))
+        targets, sources = known[1:] if known else self._copies_of(pairs)
         self.dirty = True
         for name, _ in pairs:
             for target, write in self._routes[name].targets:
                 if write.source is None and write.constant is not None:
                     target.fill_(write.constant)
-        torch._foreach_copy_(self._copies[1], self._copies[2])
+        torch._foreach_copy_(targets, sources)
         self.replayed += len(pairs)
+
+    def _copies_of(self, pairs: NamedTensorList) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        targets, sources = [], []
+        for name, tensor in pairs:
+            origin = tensor.storage_offset()
+            for target, write in self._routes[name].targets:
+                if write.source is not None:
+                    targets.append(target)
+                    sources.append(write.source.view(tensor, origin))
+        return targets, sources
 
     def _learn(self, pairs: NamedTensorList) -> None:
         recorder = _Recorder(self._owners, pairs)

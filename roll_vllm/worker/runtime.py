@@ -27,6 +27,9 @@ from roll_vllm.worker.memory import PoolMemory, SleepMemory, StorageMemory, out_
 if TYPE_CHECKING:
     from roll_vllm.transfer.collective import CollectiveGroup
 
+#: How many bucket layouts a worker remembers.
+_MOST_BUCKETS = 64
+
 
 class WorkerRuntime:
     """The state that the rollout engine keeps in one vLLM worker.
@@ -124,19 +127,21 @@ class WorkerRuntime:
             raise WeightUpdateError(f"a payload must be bytes, got {type(payload).__name__}; see BucketSender.payloads")
         if payload not in self._buckets:
             manifest = BucketManifest.decode(payload)
-            # Only what senders still keep: mappings of buckets they deleted would hold memory here.
-            self._segments = {path: memory for path, memory in self._segments.items() if os.path.exists(path)}
+            # Mappings of segments that their senders deleted would hold memory here.
+            if not all(os.path.exists(path) for path in self._segments):
+                self._release_senders_memory()
             memory = self._segments.get(manifest.segment)
             if memory is None or memory.nbytes < manifest.size:
                 memory = shared_memory.attach(manifest.segment, manifest.size)
                 self._segments[manifest.segment] = memory
-            # One layout is remembered, for senders that share their memory and send the same one every time.
-            self._buckets = {
-                payload: [
-                    (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
-                    for p in manifest.placements
-                ]
-            }
+            if len(self._buckets) >= _MOST_BUCKETS:
+                self._buckets.clear()
+                self._loader.forget()
+            # Remembered, because senders that share their memory send the same layouts every time.
+            self._buckets[payload] = [
+                (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
+                for p in manifest.placements
+            ]
         return self._load(self._buckets[payload])
 
     def _release_senders_memory(self) -> None:
@@ -167,10 +172,11 @@ class WorkerRuntime:
             if self._status is WeightsStatus.COMPLETE:
                 self._loader.check_tied_heads()
             return self.state()
+        device = self._device
         try:
             with out_of_memory_explained("loading weights"):
-                if any(tensor.device != self._device for _, tensor in pairs):
-                    pairs = [(name, tensor.to(self._device)) for name, tensor in pairs]
+                if any(tensor.device != device for _, tensor in pairs):
+                    pairs = [(name, tensor.to(device)) for name, tensor in pairs]
                 self._loader.load(pairs)
         except RollVllmError:
             self.abandon_update()
