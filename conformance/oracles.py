@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 12
 
-#: Highest absolute log-probability differences to the reference, by dtype: (mean, maximum).
-PARITY = {"float32": (1e-4, 1e-3), "bfloat16": (0.02, 0.15)}
+#: Highest differences of log-probabilities to the reference in float32, on average and at most.
+PARITY = (1e-4, 1e-3)
+
+#: In a dtype that rounds, an engine may be so many times further from the exact answer than the reference's own
+#: forward pass in that dtype, and never needs to be closer than the bounds beside it. Seen with SmolLM2-135M in
+#: bfloat16 on a CPU: 4 to 5 times, since vLLM rounds in more places.
+ROUNDING, ROUNDED_PARITY = 8.0, (0.01, 0.05)
 
 
 async def assert_holds(engine: EngineHandle, trainer: Trainer, version: int) -> None:
@@ -49,16 +54,28 @@ async def assert_parity(
     outputs = await asyncio.gather(
         *(engine.complete(list(p), temperature=0.0, max_tokens=max_tokens, logprobs=0) for p in prompts)
     )
-    differences = []
+    differences: list[float] = []
+    rounding: list[float] = []
+    exact = trainer.model.dtype == "float32"
     for output in outputs:
         prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         rows = trainer.reference.logprobs([prompt + tokens], version)[0][len(prompt) - 1 :]
         for row, token, entry in zip(rows, tokens, output.outputs[0].logprobs, strict=True):
             differences.append(abs(float(row[token]) - entry[token].logprob))
+        if not exact:
+            rounded = trainer.rounded_reference.logprobs([prompt + tokens], version)[0][len(prompt) - 1 :]
+            rounding.extend(abs(float(r[t]) - float(e[t])) for r, e, t in zip(rounded, rows, tokens, strict=True))
     mean, highest = sum(differences) / len(differences), max(differences)
-    mean_bound, highest_bound = PARITY[trainer.model.dtype]
-    assert mean <= mean_bound, f"log-probabilities differ from the trainer's by {mean:.2g} on average"
-    assert highest <= highest_bound, f"a log-probability differs from the trainer's by {highest:.2g}"
+    mean_bound, highest_bound = PARITY
+    if not exact:
+        mean_bound = max(ROUNDED_PARITY[0], ROUNDING * sum(rounding) / len(rounding))
+        highest_bound = max(ROUNDED_PARITY[1], ROUNDING * max(rounding))
+    assert mean <= mean_bound, (
+        f"log-probabilities differ from the trainer's by {mean:.2g} on average, allowed is {mean_bound:.2g}"
+    )
+    assert highest <= highest_bound, (
+        f"a log-probability differs from the trainer's by {highest:.2g}, allowed is {highest_bound:.2g}"
+    )
 
 
 def tags_after(sleeping: set[str], call: str, device_kind: str) -> set[str]:
@@ -92,8 +109,15 @@ def resident_bytes(pids: Iterable[int]) -> int:
 
 
 def processes_below(pid: int) -> list[psutil.Process]:
-    """All descendants of a process."""
-    return psutil.Process(pid).children(recursive=True)
+    """All descendants of a process, but for the resource trackers of multiprocessing, which belong to no engine."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if not _is_resource_tracker(p)]
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in argument for argument in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def still_running(processes: Iterable[psutil.Process]) -> list[str]:

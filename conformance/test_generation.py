@@ -86,6 +86,6 @@ async def test_token_ids_come_back_as_they_are(vllm_engine: EngineHandle, vllm_m
             output = await vllm_engine.complete(turn, temperature=0.0, max_tokens=5, logprobs=0)
             assert list(output.prompt_token_ids) == turn
             completion = output.outputs[0]
-            sampled = [next(t for t, entry in row.items() if entry.rank == 1) for row in completion.logprobs]
-            assert list(completion.token_ids) == sampled
+            # With logprobs=0 each row holds the sampled token and no other.
+            assert [list(row) for row in completion.logprobs] == [[token] for token in completion.token_ids]
             turn = turn + list(completion.token_ids)

@@ -172,8 +172,7 @@ async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Tr
     await vllm_engine.reset_prefix_cache()
     cold = await vllm_engine.complete(prompt, **sampling)
     assert first.outputs[0].logprobs == cold.outputs[0].logprobs, "the first answer is not that of a cold engine"
-    if continuous_trainer.model.dtype == "float32":
-        await assert_parity(vllm_engine, continuous_trainer, version + 1, [prompt], max_tokens=8)
+    await assert_parity(vllm_engine, continuous_trainer, version + 1, [prompt], max_tokens=8)
 
 
 @contract(

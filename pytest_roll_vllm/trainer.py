@@ -46,6 +46,13 @@ class Trainer:
 
         return ReferenceModel(self.model)
 
+    @functools.cached_property
+    def rounded_reference(self) -> ReferenceModel:
+        """The same forward pass in the model's own dtype: shows what that dtype's rounding does."""
+        from pytest_roll_vllm.models.reference import ReferenceModel
+
+        return ReferenceModel(self.model, self.model.dtype)
+
     async def push(self, engine: EngineHandle, version: int, *, transport: str = "bucket", **options: Any) -> None:
         """Send a complete version through a transport of ``engine.weight_update``."""
         engine.pushed = None

@@ -258,7 +258,8 @@ class RolloutEngine(AsyncLLM):
     async def load_states(self, tags: Sequence[str] | None = None) -> None:
         """Wake the tags ``"weights"`` and ``"kv_cache"``, both when None, in any order.
 
-        After level 2 the weights' memory is back but empty: requests wait until a complete update.
+        After level 2 the weights' memory is back but empty: until a complete update, requests that waited go on
+        waiting and new ones are refused.
 
         Raises:
             ConfigurationError: an unknown tag.
