@@ -140,7 +140,7 @@ class Settings:
         if found and versions.same_release(found.version, wanted):
             return
         what = f"{found.distribution} {found.version} is installed" if found else "no vLLM is installed"
-        tox = f", or run the tox environment `vllm{row.release}-cpu`" if row and row.cpu else ""
+        tox = f", or run the tox environment `vllm{row.release}-cpu`" if row else ""
         fix = f"change it to {versions.base(found.version)} or drop it" if found else "drop it"
         raise pytest.UsageError(
             f"vLLM {wanted} is wanted (from {source}), but {what}. Either install the one wanted: "

