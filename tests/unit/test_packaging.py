@@ -59,7 +59,7 @@ def test_name(project: dict[str, Any]) -> None:
 
 
 def test_pytest_finds_the_plugin(project: dict[str, Any]) -> None:
-    assert project["entry-points"] == {"pytest11": {"roll_vllm": "pytest_roll_vllm.plugin"}}
+    assert project["entry-points"]["pytest11"] == {"roll_vllm": "pytest_roll_vllm.plugin"}
     assert (ROOT / "pytest_roll_vllm/plugin.py").is_file()
 
 
@@ -98,12 +98,12 @@ def test_cpu_environments_install_what_is_tested(tox: configparser.ConfigParser)
     for release, section in releases.items():
         row = versions.resolve(release)
         assert row
-        assert row.cpu
-        assert section["deps"].split() == [row.cpu.requirement, f"transformers=={row.transformers}"]
+        route = row.route("cpu")
+        assert section["deps"].split() == [route.requirement, f"transformers=={row.transformers}"]
         assert f"--pyargs conformance --vllm-version {release} " in section["commands"]
         override = f"requirements/override-{release}-cpu.txt"
         assert f"\nUV_OVERRIDE = {override} requirements/override-smollm2.txt\n" in section["set_env"]
-        assert lines(ROOT / override) == [*row.cpu.overrides]
+        assert lines(ROOT / override) == [*route.overrides]
         assert tox[f"testenv:proof{release}-cpu"]["base"] == f"{section.name}, testenv"
 
 

