@@ -1,0 +1,1 @@
+"""Changes to vLLM that no extension point allows: declared, checked before they are set, and reversible."""
