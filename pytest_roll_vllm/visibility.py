@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from roll_vllm.backends import BACKENDS
+
 #: The variables that hide devices, by kind; the first that is set counts.
-VARIABLES = {
-    "cuda": ("CUDA_VISIBLE_DEVICES",),
-    "rocm": ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-    "npu": ("ASCEND_RT_VISIBLE_DEVICES",),
+VARIABLES: dict[str, tuple[str, ...]] = {
+    backend.kind: backend.visibility[-1] for backend in BACKENDS.values() if backend.visibility
 }
 
 

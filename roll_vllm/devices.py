@@ -11,22 +11,16 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
 
-from roll_vllm import versions
+from roll_vllm import backends, versions
+from roll_vllm.backends import BACKENDS
 from roll_vllm.errors import ConfigurationError
 
-Kind = Literal["cuda", "rocm", "npu", "cpu"]
+Kind = backends.Kind
 
-# Each group filters what the previous one left; within a group the first variable that is set counts.
-# HIP falls back to CUDA_VISIBLE_DEVICES, and counts within what ROCr shows it.
-_VISIBILITY: dict[Kind, tuple[tuple[str, ...], ...]] = {
-    "cuda": (("CUDA_VISIBLE_DEVICES",),),
-    "rocm": (("ROCR_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")),
-    "npu": (("ASCEND_RT_VISIBLE_DEVICES",),),
-}
+_ACCELERATORS = {backend.kind: backend.visibility for backend in BACKENDS.values() if backend.visibility}
 _COMMAND_TIMEOUT = 10.0  # seconds; nvidia-smi needs a few when the driver is not yet loaded
 _MIB = 2**20
 
@@ -41,6 +35,7 @@ class Device:
         names: One name a device.
         memory_bytes: Total memory of each device in bytes, ``None`` where unknown.
         reason: One sentence on how this was found out.
+        backend: What an engine on these devices runs by: ``cpu-reference``, or the same as ``kind``.
     """
 
     kind: Kind
@@ -48,6 +43,11 @@ class Device:
     names: tuple[str, ...]
     memory_bytes: tuple[int | None, ...]
     reason: str
+    backend: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.backend:
+            object.__setattr__(self, "backend", self.kind)
 
 
 def _run(command: Sequence[str]) -> str | None:
@@ -100,22 +100,59 @@ class Probe:
 def detect(requested: str = "auto", probe: Probe | None = None) -> Device:
     """Return the devices of the requested kind, or with ``auto`` of the best kind that is visible.
 
+    The CPU reference platform is asked for as ``cpu-reference``, and by the variable ``ROLL_VLLM_CPU_REFERENCE=1``
+    with ``auto`` or ``cpu``.
+
     Args:
-        requested: ``auto``, ``cuda``, ``rocm``, ``npu`` or ``cpu``.
+        requested: ``auto``, ``cuda``, ``rocm``, ``npu``, ``cpu`` or ``cpu-reference``.
         probe: The machine to look at; this one by default.
 
     Raises:
-        ConfigurationError: If the kind is unknown, or no device of it is visible.
+        ConfigurationError: If the kind is unknown, no device of it is visible, or the CPU reference platform is
+            asked for where a device or a CPU build of vLLM would be used instead of it.
     """
+    from roll_vllm import reference
+
     probe = probe or Probe()
+    if requested == "cpu-reference":
+        return _reference(probe, "cpu-reference was requested")
+    if requested in ("auto", "cpu") and reference.requested(probe.environ):
+        return _reference(probe, f"{reference.VARIABLE}=1 asks for the CPU reference platform")
     if requested == "auto":
         return _best(probe)
     if requested == "cpu":
         return _cpu(probe, "cpu was requested")
-    for kind in _VISIBILITY:
+    for kind in _ACCELERATORS:
         if kind == requested:
             return _demand(kind, probe)
-    raise ConfigurationError(f"unknown device {requested!r}; choose one of: auto, {', '.join(get_args(Kind))}")
+    raise ConfigurationError(f"unknown device {requested!r}; choose one of: auto, {', '.join(BACKENDS)}")
+
+
+def require_runnable(device: Device, probe: Probe | None = None) -> None:
+    """Check that the installed vLLM can run on the devices.
+
+    vLLM itself would only say that its device string is empty.
+
+    Args:
+        device: What :func:`detect` returned.
+        probe: The machine to look at; this one by default.
+
+    Raises:
+        ConfigurationError: If the devices are the CPU, and vLLM is neither a build for it nor helped out by the
+            CPU reference platform.
+    """
+    from roll_vllm import reference
+
+    vllm = (probe or Probe()).installed()
+    if vllm is None or vllm.cpu_build or device.backend != "cpu":
+        return
+    row = versions.resolve(vllm.version)
+    build = f"the CPU build ({row.native.requirement})" if row and row.native else "a CPU build of vLLM"
+    raise ConfigurationError(
+        f"{vllm.distribution} {vllm.version} is not a build for the CPU, and no accelerator is used ({device.reason}); "
+        f"install {build}, or set {reference.VARIABLE}=1 (in pytest: --vllm-backend cpu-reference) to run this one by "
+        "the CPU reference platform, or make a device visible"
+    )
 
 
 def _best(probe: Probe) -> Device:
@@ -123,12 +160,29 @@ def _best(probe: Probe) -> Device:
     if cpu_build:
         return _cpu(probe, cpu_build)
     looked = []
-    for kind in _VISIBILITY:
+    for kind in _ACCELERATORS:
         found, why = _look(kind, probe)
         if found:
             return _device(kind, found, why)
         looked.append(f"no {kind} device ({why})")
     return _cpu(probe, ", ".join(looked))
+
+
+def _reference(probe: Probe, why: str) -> Device:
+    # The platform never takes the place of something real, so an engine would not run on what was asked for.
+    from roll_vllm import reference
+
+    remedy = f"unset {reference.VARIABLE} and choose 'auto'"
+    cpu_build = _cpu_build(probe)
+    if cpu_build:
+        raise ConfigurationError(f"{why}, but {cpu_build}, which needs no reference platform; {remedy}")
+    best = _best(probe)
+    if best.kind != "cpu":
+        raise ConfigurationError(
+            f"{why}, but a {best.kind} device is visible ({best.reason}); {remedy}, "
+            f"or hide the device ({_ACCELERATORS[best.kind][-1][0]}='')"
+        )
+    return replace(best, reason=f"{why}; {best.reason}", backend="cpu-reference")
 
 
 def _demand(kind: Kind, probe: Probe) -> Device:
@@ -144,7 +198,7 @@ def _demand(kind: Kind, probe: Probe) -> Device:
         raise ConfigurationError(
             f"device {kind!r} was requested, but none is visible: {why}; choose 'cpu' or 'auto', "
             f"or make the device visible (driver, container options, "
-            f"{', '.join(name for group in _VISIBILITY[kind] for name in group)})"
+            f"{', '.join(name for group in _ACCELERATORS[kind] for name in group)})"
         )
     return _device(kind, found, why)
 
@@ -174,7 +228,7 @@ def _look(kind: Kind, probe: Probe) -> tuple[list[_Found], str]:
     """Return the visible accelerators of a kind, and how that was found out."""
     filters = [
         next(((name, probe.environ[name]) for name in group if name in probe.environ), None)
-        for group in _VISIBILITY[kind]
+        for group in _ACCELERATORS[kind]
     ]
     for setting in filters:
         if setting and setting[1].split(",")[0].strip() in ("", "-1"):

@@ -16,19 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-from roll_vllm import versions
+from roll_vllm import backends, versions
 from roll_vllm.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-# In the order in which torch looks for them: it reads the first one that is set, even if empty. The last one
-# is torch_npu's.
-_ALLOCATOR_VARIABLES = (
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_HIP_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_NPU_ALLOC_CONF",
-)
+# In the order in which torch looks for them: it reads the first one that is set, even if empty.
+_TORCH_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_ALLOCATOR_VARIABLES = (*_TORCH_VARIABLES, "PYTORCH_NPU_ALLOC_CONF")  # the last one is torch_npu's
 
 ALLOCATOR_SETTING = "expandable_segments:False"
 """Turns expandable segments off in a process whose allocator is already running."""
@@ -42,27 +37,31 @@ def worker_environment(
     port: int | None,
     environ: Mapping[str, str],
     cache_home: Path | None = None,
+    ranks: int = 1,
 ) -> dict[str, str]:
     """Compute the variables to set for one worker. Nothing is changed, here or in ``environ``.
 
     Args:
         worker_name: The worker's name. Equal names share their caches, which keeps a second start warm;
             without a name the worker gets caches of its own that nobody finds again.
-        device_kind: ``cuda``, ``rocm``, ``npu`` or ``cpu``.
+        device_kind: The name of the backend, which for all but ``cpu-reference`` is the kind of device.
         vllm_version: The version of vLLM the worker runs.
         port: First port vLLM may use for itself; ``None`` leaves the choice to vLLM.
         environ: The variables the worker would have otherwise.
         cache_home: Stands in for ``XDG_CACHE_HOME``.
+        ranks: How many workers the engine has on this machine, data-parallel ones included.
 
     Returns:
         The variables to set on top of ``environ``.
 
     Raises:
-        ConfigurationError: If the port or the version is malformed.
+        ConfigurationError: If the port, the version or the backend is wrong, or ``VLLM_USE_V1`` asks for an engine
+            that the version does not have there.
     """
     if port is not None and not 0 < port < 65536:
         raise ConfigurationError(f"port {port} is not between 1 and 65535; leave it out, or use free_port()")
-    changes = _allocator_variables(environ)
+    changes = backends.get(device_kind).worker_environment(vllm_version, environ, ranks)
+    changes.update(_allocator_variables(environ))
     # Processes forked after CUDA was initialised cannot use it.
     changes["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     # On by default since 0.11.0, and hangs or fails at start where a process sees only some of the host's
@@ -73,11 +72,35 @@ def worker_environment(
     changes["FLASHINFER_WORKSPACE_BASE"] = str(flashinfer)
     if port is not None:
         changes["VLLM_PORT"] = str(port)
-    # The variable is gone in 0.11.1. Already 0.11.0 has no V0 engine, and refuses to start with "0".
-    if versions.satisfies(vllm_version, "<0.11.1"):
-        v0 = device_kind == "rocm" and versions.satisfies(vllm_version, "<0.11")
-        changes["VLLM_USE_V1"] = environ.get("VLLM_USE_V1") or ("0" if v0 else "1")
+    engine = engine_generation(vllm_version, device_kind, environ)
+    if versions.satisfies(vllm_version, "<0.11.1"):  # the variable is gone since then
+        changes["VLLM_USE_V1"] = "1" if engine == "V1" else "0"
     return changes
+
+
+def engine_generation(vllm_version: str, device_kind: str, environ: Mapping[str, str]) -> str:
+    """Return which engine to start: ``V0`` or ``V1``.
+
+    The user's ``VLLM_USE_V1`` decides. Without it, it is V1 where there is one, except on ROCm, where it is V0.
+
+    Args:
+        vllm_version: The version of vLLM.
+        device_kind: The name of the backend, which for all but ``cpu-reference`` is the kind of device.
+        environ: Where the user's variable is; empty counts as not set.
+
+    Raises:
+        ConfigurationError: If the version has no such engine on this backend, or an argument is malformed.
+    """
+    backend = backends.get(device_kind)
+    asked = environ.get("VLLM_USE_V1", "").strip()
+    if not asked:
+        return backend.default_engine(vllm_version)
+    if asked not in ("0", "1"):
+        raise ConfigurationError(f"VLLM_USE_V1={asked!r} must be 0 or 1; unset it, or set it to one of these")
+    engine = f"V{asked}"
+    if engine not in backend.engines(vllm_version):
+        raise ConfigurationError(backend.no_engine(vllm_version, engine))
+    return engine
 
 
 def _allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -85,7 +108,9 @@ def _allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
     # Ray workers inherit the variables of the node, not of this process: an explicit empty value keeps
     # expandable segments from coming in that way. Where the user set another of the variables, it would
     # hide that one from torch.
-    return changes or {_ALLOCATOR_VARIABLES[0]: ""}
+    if not any(name in environ for name in _TORCH_VARIABLES):
+        changes[_TORCH_VARIABLES[0]] = ""
+    return changes
 
 
 def without_expandable_segments(options: str) -> str:

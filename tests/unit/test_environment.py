@@ -98,7 +98,10 @@ def test_nothing_left_is_empty(options: str) -> None:
             },
             {"PYTORCH_HIP_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": ""},
         ),
-        ({"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}, {"PYTORCH_NPU_ALLOC_CONF": ""}),
+        (  # torch does not read this one
+            {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
+            {"PYTORCH_NPU_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": ""},
+        ),
     ],
 )
 def test_allocator_variables(environ: dict[str, str], expected: dict[str, str]) -> None:
@@ -156,28 +159,66 @@ def test_workers_do_not_share_a_dictionary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "user", "expected"),
+    ("version", "kind", "user", "engine", "variable"),
     [
-        ("0.8.4", "cuda", None, "1"),
-        ("0.8.4", "cpu", None, "1"),
-        ("0.8.4", "rocm", None, "0"),
-        ("0.8.4", "cuda", "0", "0"),
-        ("0.8.4", "rocm", "1", "1"),
-        ("0.8.4", "rocm", "", "0"),
-        ("0.10.2+rocm641", "rocm", None, "0"),
-        ("0.10.2", "cuda", None, "1"),
-        ("0.11.0", "cuda", None, "1"),
-        ("0.11.0", "rocm", None, "1"),  # there is no V0 engine any more
-        ("0.11.1", "cuda", None, None),
-        ("0.11.1rc2.dev0+gabc", "rocm", None, None),
-        ("0.11.1", "rocm", "0", None),
-        ("0.12.0.post2", "cpu", "1", None),
-        ("0.33.0", "cuda", None, None),
+        ("0.8.4", "cuda", None, "V1", "1"),
+        ("0.8.4", "rocm", None, "V0", "0"),
+        ("0.8.4", "npu", None, "V1", "1"),
+        ("0.8.4", "cpu", None, "V0", "0"),  # the CPU build has no other
+        ("0.8.4", "cpu-reference", None, "V1", "1"),
+        ("0.8.4", "cpu-reference", "0", "V0", "0"),
+        ("0.8.4", "cuda", "0", "V0", "0"),
+        ("0.8.4", "rocm", "1", "V1", "1"),
+        ("0.8.4", "rocm", "", "V0", "0"),
+        ("0.10.2+rocm641", "rocm", None, "V0", "0"),
+        ("0.10.2", "cuda", " 1 ", "V1", "1"),
+        ("0.10.2", "cpu-reference", None, "V1", "1"),
+        ("0.10.0", "cuda", "0", "V0", "0"),  # not tested, and older than the first release without V0
+        ("0.11.0", "cuda", None, "V1", "1"),
+        ("0.11.0", "rocm", None, "V1", "1"),
+        ("0.11.1", "cuda", None, "V1", None),
+        ("0.11.1rc2.dev0+gabc", "rocm", None, "V1", None),
+        ("0.12.0.post2", "cpu", "1", "V1", None),
+        ("0.33.0", "cuda", None, "V1", None),
     ],
 )
-def test_engine_generation(version: str, kind: str, user: str | None, expected: str | None) -> None:
+def test_engine_generation(version: str, kind: str, user: str | None, engine: str, variable: str | None) -> None:
     environ = {} if user is None else {"VLLM_USE_V1": user}
-    assert compute(environ, version=version, kind=kind).get("VLLM_USE_V1") == expected
+    assert environment.engine_generation(version, kind, environ) == engine
+    assert compute(environ, version=version, kind=kind).get("VLLM_USE_V1") == variable
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "user", "message"),
+    [
+        ("0.12.0", "cuda", "0", "vLLM 0.12.0 has no V0 engine; unset VLLM_USE_V1, or use .* one: 0.8.4, 0.10.2$"),
+        ("0.11.0+cu126", "cuda", "0", "vLLM 0.11.0.cu126 has no V0 engine; unset VLLM_USE_V1"),
+        ("0.33.0", "rocm", "0", "vLLM 0.33.0 has no V0 engine; unset VLLM_USE_V1"),
+        ("0.10.2", "npu", "0", "vLLM 0.10.2 has no V0 engine on npu; unset VLLM_USE_V1, or use .* one: 0.8.4$"),
+        ("0.10.2", "cpu-reference", "0", "vLLM 0.10.2 has no V0 engine on cpu-reference; .* one: 0.8.4$"),
+        ("0.8.4", "cpu", "1", "vLLM 0.8.4 has no V1 engine on cpu; unset VLLM_USE_V1, or use .*: 0.10.2, 0.11.0"),
+        ("0.8.4", "cuda", "true", "VLLM_USE_V1='true' must be 0 or 1"),
+        ("0.8.4", "tpu", None, "unknown backend 'tpu'; choose one of: cuda, rocm, npu, cpu, cpu-reference"),
+    ],
+)
+def test_an_engine_that_is_not_there_is_refused(version: str, kind: str, user: str | None, message: str) -> None:
+    environ = {} if user is None else {"VLLM_USE_V1": user}
+    for ask in (
+        lambda: environment.engine_generation(version, kind, environ),
+        lambda: compute(environ, version=version, kind=kind),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            ask()
+
+
+def test_a_backend_adds_its_own_variables() -> None:
+    plain = compute()
+    assert compute(kind="cpu") == plain
+    assert compute(kind="npu") == {**plain, "PYTORCH_NPU_ALLOC_CONF": ""}
+    rocm = compute({"HOME": "/home/user", "CUDA_VISIBLE_DEVICES": "1"}, kind="rocm")
+    assert rocm == {**plain, "HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "1"}
+    reference = {"ROLL_VLLM_CPU_REFERENCE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert compute(kind="cpu-reference") == {**plain, **reference}
 
 
 def test_a_malformed_version_is_refused() -> None:
