@@ -124,11 +124,13 @@ class Application:
             self.outcomes[patch.name] = Outcome("deferred", f"{name} is not imported in this process")
 
         def set_all(module: ModuleType) -> None:
-            with self._lock:
-                for patch, found in here:
-                    if self.outcomes[patch.name].outcome == "deferred":
-                        self._set(patch, found, module, places)
-            self._changed()
+            try:
+                with self._lock:
+                    for patch, found in here:
+                        if self.outcomes[patch.name].outcome == "deferred":
+                            self._set(patch, found, module, places)
+            finally:
+                self._changed()
 
         return set_all
 

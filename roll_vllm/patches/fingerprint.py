@@ -39,12 +39,28 @@ def _normal(node: Any) -> Any:
         return [_normal(item) for item in node]
     if not isinstance(node, ast.AST):
         return [type(node).__name__, repr(node)]
+    if isinstance(node, ast.JoinedStr):
+        return ["JoinedStr", _joined(node.values)]
     fields = {
         name: _normal(_without_docstring(node, value) if name == "body" else value)
         for name, value in ast.iter_fields(node)
         if name not in _IGNORED and value is not None and value != []
     }
     return [type(node).__name__, fields]
+
+
+def _joined(values: list[ast.expr]) -> list[Any]:
+    """The parts of an f-string. Python 3.12 cuts the text between two expressions into several pieces."""
+    parts: list[Any] = []
+    for value in values:
+        text = value.value if isinstance(value, ast.Constant) else None
+        if not isinstance(text, str):
+            parts.append(_normal(value))
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += text
+        elif text:
+            parts.append(text)
+    return parts
 
 
 def _without_docstring(node: ast.AST, body: Any) -> Any:

@@ -37,16 +37,23 @@ class ImportHook(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Part of the import system."""
-        action = self._actions.get(fullname)
-        if action is None:
+        if fullname not in self._actions:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        # Only those behind: one in front may be asking everybody else, as we do.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _ActingLoader(spec.loader, action)
+                    spec.loader = _ActingLoader(spec.loader, self._act)
                 return spec
         return None
+
+    def _act(self, module: ModuleType) -> None:
+        action = self._actions.pop(module.__name__, None)
+        if not self._actions:
+            self.clear()
+        if action is not None:
+            action(module)
 
 
 class _ActingLoader(Loader):

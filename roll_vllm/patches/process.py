@@ -71,10 +71,10 @@ class _State:
         self.version = ""
         self.role = ""
         self.error: Exception | None = None
-        self.watches_forks = False
 
 
 _state = _State()
+_watches_forks = False
 
 
 def load() -> None:
@@ -154,9 +154,10 @@ def read_records(directory: str | os.PathLike[str]) -> list[Record]:
 def _apply() -> None:
     from roll_vllm.patches.registry import PATCHES
 
-    if not _state.watches_forks:
+    global _watches_forks
+    if not _watches_forks:
         os.register_at_fork(after_in_child=_after_fork)
-        _state.watches_forks = True
+        _watches_forks = True
     try:
         installed = versions.installed()
         if installed is None:
