@@ -1,6 +1,8 @@
-"""The rollout engine: vLLM's ``AsyncLLM`` plus what reinforcement learning needs from it.
+"""The rollout engine: vLLM's engine plus what reinforcement learning needs from it.
 
-Only extension points of vLLM are used: a subclass in front, ``worker_extension_cls`` behind.
+Only extension points of vLLM are used: a subclass in front (one for each engine generation, in
+:mod:`roll_vllm.frontends`), ``scheduler_cls`` between, ``worker_extension_cls`` behind. What those cannot do is in
+:mod:`roll_vllm.patches`.
 """
 
 from __future__ import annotations
@@ -8,64 +10,91 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import os
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
-
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from roll_vllm import errors
 from roll_vllm.admission import AbortedWhileWaiting, AdmissionGate
 from roll_vllm.errors import ConfigurationError, RollVllmError, UnsupportedFeatureError, WeightUpdateError
+from roll_vllm.patches import process
 from roll_vllm.state import TAGS, EngineState, WeightsStatus, WorkerState
 from roll_vllm.transfer.manifest import specs_from
 from roll_vllm.transfer.session import Sender, WeightUpdate, sender_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DRAIN_POLL_S = 0.01
 _LORA = "LoRA adapters from tensors (add_lora(peft_config), is_lora=True) are not part of this release of roll_vllm"
 
 
-class RolloutEngine(AsyncLLM):
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is told beside vLLM's own arguments.
+
+    Attributes:
+        allow_dummy_weights: generate also before the first weight update of a ``load_format="dummy"`` engine.
+        scratch: directories that nobody needs after the engine; :meth:`RolloutEngine.shutdown` deletes them.
+        records: where the engine's processes leave their records of applied patches.
+        on_shutdown: called once, at the end of :meth:`RolloutEngine.shutdown`.
+    """
+
+    allow_dummy_weights: bool = False
+    scratch: tuple[Path, ...] = ()
+    records: Path | None = None
+    on_shutdown: Callable[[], None] | None = None
+
+
+class RolloutEngine(ABC):
     """A vLLM engine that a trainer can feed, put to sleep and trust.
 
-    Everything ``AsyncLLM`` has, plus ROLL's calls, under ROLL's names and arguments. Create it with
-    :func:`roll_vllm.create_async_llm`.
+    Everything that vLLM's engine has (``AsyncLLM``, or ``AsyncLLMEngine`` for V0), plus ROLL's calls, under ROLL's
+    names and arguments. Create it with :func:`roll_vllm.create_async_llm`.
 
     Requests pass a gate: they wait while the engine sleeps or is being updated, and are refused with
     ``WeightsNotReadyError`` when it is awake without one complete set of weights. Sleep, wake and update
     exclude each other. Sleep and update abort the requests that run; the callers get what was generated.
+
+    Attributes:
+        generation: ``V0`` or ``V1``.
+        vllm_config: vLLM's configuration.
     """
 
+    generation: ClassVar[str]
+    vllm_config: Any
+
+    #: vLLM's engine class that the frontend derives from.
+    _vllm: ClassVar[Any]
+    _options: EngineOptions
     _gate: AdmissionGate
     _control: asyncio.Lock
     _senders: dict[str, Sender]
     _session_open: bool
     _implicit_open: bool
     _versions: dict[str, int]
-    _scratch: tuple[Path, ...]
 
     @classmethod
-    async def start(
-        cls, engine_args: AsyncEngineArgs, *, allow_dummy_weights: bool = False, scratch: Iterable[Path] = ()
-    ) -> RolloutEngine:
+    async def start(cls, engine_args: Any, options: EngineOptions | None = None) -> Self:
         """Start the engine and its workers' side. Blocks the event loop until the workers are up.
 
         Args:
-            engine_args: vLLM's own arguments.
-            allow_dummy_weights: generate also before the first weight update of a ``load_format="dummy"``
-                engine.
-            scratch: directories that nobody needs after the engine; :meth:`shutdown` deletes them.
+            engine_args: vLLM's ``AsyncEngineArgs``.
+            options: what vLLM has no arguments for.
         """
-        engine: RolloutEngine = cls.from_engine_args(engine_args, usage_context=UsageContext.ENGINE_CONTEXT)
-        dummy = str(engine_args.load_format) == "dummy"
+        options = options or EngineOptions()
+        vllm: Any = cls
+        engine: Self = vllm.from_engine_args(engine_args)
+        dummy = str(engine_args.load_format) == "dummy" or getattr(engine_args.load_format, "value", "") == "dummy"
         initial = WeightsStatus.NEVER_LOADED if dummy else WeightsStatus.COMPLETE
-        engine._gate = AdmissionGate(EngineState(initial), allow_dummy_weights)
+        engine._options = options
+        engine._gate = AdmissionGate(EngineState(initial), options.allow_dummy_weights)
         engine._control = asyncio.Lock()
-        engine._senders, engine._versions, engine._scratch = {}, {}, tuple(scratch)
+        engine._senders, engine._versions = {}, {}
         engine._session_open = engine._implicit_open = False
         try:
             await engine.custom_init_worker()
@@ -74,39 +103,69 @@ class RolloutEngine(AsyncLLM):
             raise
         return engine
 
+    # -- what differs between the generations ---------------------------------------------------------------
+
+    @abstractmethod
+    async def _call_workers(self, method: str, args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+        """Call a method of every worker; one result a rank, in rank order."""
+
+    @abstractmethod
+    async def _end(self, request_ids: Sequence[str]) -> None:
+        """Abort requests that are in the engine; each caller gets one final output."""
+
+    @abstractmethod
+    def unfinished_requests(self) -> dict[str, int]:
+        """What the frontend still keeps: the number of ``requests`` and of ``parents`` (``n > 1``)."""
+
+    @abstractmethod
+    def _request_ids(self) -> list[str]:
+        """The ids of all requests in the engine, as their callers know them."""
+
+    @abstractmethod
+    async def _reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Empty the prefix cache. Returns whether it is empty now: it cannot be while blocks are in use."""
+
+    @abstractmethod
+    async def _settle(self) -> None:
+        """Wait until what was aborted has left the scheduler."""
+
+    def _outputs(self, request_id: str, /, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """vLLM's ``generate``."""
+        outputs: AsyncGenerator[Any, None] = self._vllm.generate(self, *args, **kwargs)
+        return outputs
+
     # -- generation -----------------------------------------------------------------------------------------
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """As ``AsyncLLM.generate``; every output carries ``weight_version``, the version it was generated with.
+        """As vLLM's ``generate``; every output carries ``weight_version``, the version it was generated with.
 
         Raises:
             WeightsNotReadyError: the engine holds no complete set of weights.
         """
-        from vllm.v1.engine.exceptions import EngineGenerateError
-
-        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        call = inspect.signature(self._vllm.generate).bind(self, *args, **kwargs).arguments
         request_id = call["request_id"]
         try:
-            async with aclosing(super().generate(*args, **kwargs)) as outputs:
+            async with aclosing(self._outputs(request_id, *args, **kwargs)) as outputs:
                 async for output in outputs:
                     output.weight_version = self._versions.get(request_id, self.weight_version)
                     yield output
-        except EngineGenerateError as error:
-            # vLLM wraps whatever add_request raises; ours says more than the wrapper.
-            if isinstance(error.__cause__, AbortedWhileWaiting):
+        except Exception as error:
+            # From 0.10.2 on vLLM wraps whatever add_request raises; ours says more than the wrapper.
+            own = error if isinstance(error, (AbortedWhileWaiting, RollVllmError)) else error.__cause__
+            if isinstance(own, AbortedWhileWaiting):
                 yield self._never_started(request_id, call["prompt"], call["sampling_params"])
-            elif isinstance(error.__cause__, RollVllmError):
-                raise error.__cause__ from None
+            elif isinstance(own, RollVllmError):
+                raise own from None
             else:
                 raise
         finally:
             self._versions.pop(request_id, None)
 
     async def add_request(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As ``AsyncLLM.add_request``, behind the gate."""
+        """As vLLM's ``add_request``, behind the gate."""
         async with self._gate.admitted(request_id):
             self._versions[request_id] = self.weight_version
-            return await super().add_request(request_id, *args, **kwargs)
+            return await self._vllm.add_request(self, request_id, *args, **kwargs)
 
     def _never_started(self, request_id: str, prompt: Any, params: Any) -> Any:
         """The final output of a request that was aborted while it waited at the gate."""
@@ -120,39 +179,35 @@ class RolloutEngine(AsyncLLM):
         return output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """As ``AsyncLLM.abort``, also for requests that wait for the engine to wake or to be updated."""
+        """As vLLM's ``abort``, also for requests that wait for the engine to wake or to be updated."""
         names = [request_id] if isinstance(request_id, str) else list(request_id)
         self._gate.abort(names)
-        await super().abort(names)
-        # vllm-project/vllm#51629: aborting the last child by its own id leaves the parent's entry behind.
-        parents = self.output_processor.parent_requests
-        for parent in [key for key, value in parents.items() if not value.child_requests]:
-            del parents[parent]
+        await self._end(names)
 
     async def _quiesce(self, running: str) -> None:
         """End the running requests by the policy ``"abort"`` or ``"wait"``; the gate must be closed."""
-        processor = self.output_processor
         if running == "wait":
-            while processor.has_unfinished_requests():
-                if self.errored:
-                    raise self.dead_error
+            while self._request_ids():
+                if self.errored:  # type: ignore[attr-defined]
+                    raise self.dead_error  # type: ignore[attr-defined]
                 await asyncio.sleep(_DRAIN_POLL_S)
         else:
             await self.abort_all()
+        await self._settle()
 
     # -- remote calls ---------------------------------------------------------------------------------------
 
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> list[Any]:
-        """As ``AsyncLLM.collective_rpc``: one result a rank, in rank order; the timeout (seconds) holds always.
+        """As ``AsyncLLM.collective_rpc``, on every version: one result a rank, in rank order; the timeout always holds.
 
         Raises:
             TimeoutError: no answer in time; the call may still be running in the workers.
         """
         # The executor gets no timeout: vLLM's multiprocessing executor leaves late answers in its queues, and
         # every later call would get the answer to the one before. Nor is the call cancelled, for the same reason.
-        call = asyncio.ensure_future(self.engine_core.collective_rpc_async(method, None, args, kwargs))
+        call = asyncio.ensure_future(self._call_workers(method, tuple(args), kwargs))
         done, _ = await asyncio.wait([call], timeout=timeout)
         if not done:
             call.add_done_callback(lambda late: late.cancelled() or late.exception())
@@ -171,7 +226,7 @@ class RolloutEngine(AsyncLLM):
 
     async def custom_init_worker(self) -> None:
         """Prepare the workers; done by ``create_async_llm``, harmless when repeated."""
-        await self.collective_rpc("roll_vllm_init", args=(self._gate.state.weights.value,))
+        await self.collective_rpc("roll_vllm_init", args=(self._gate.state.weights.value, os.getpid()))
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -223,15 +278,13 @@ class RolloutEngine(AsyncLLM):
         answers = await self.collective_rpc("roll_vllm_call", timeout, ("ping", [list(delays)]))
         return [answer["value"] for answer in answers]
 
-    def unfinished_requests(self) -> dict[str, int]:
-        """What the frontend still keeps: the number of ``requests`` and of ``parents`` (``n > 1``)."""
-        processor = self.output_processor
-        return {"requests": len(processor.request_states), "parents": len(processor.parent_requests)}
+    def patch_records(self) -> list[process.Record]:
+        """What became of every patch in each process of this engine, as those processes recorded it."""
+        return process.read_records(self._options.records) if self._options.records else []
 
     async def abort_all(self) -> None:
         """Abort everything that runs or waits in the scheduler; the callers get what was generated."""
-        processor = self.output_processor
-        await self.abort([*processor.parent_requests, *processor.request_states])
+        await self.abort(self._request_ids())
 
     # -- sleep ----------------------------------------------------------------------------------------------
 
@@ -286,10 +339,17 @@ class RolloutEngine(AsyncLLM):
         """Whether any worker has given memory back, asked of the workers themselves."""
         return (await self.state()).is_sleeping
 
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM's ``reset_prefix_cache``; returns on every version whether the cache is empty now.
+
+        It cannot be emptied while a running request holds blocks.
+        """
+        return await self._reset_prefix_cache(*args, **kwargs)
+
     async def _drop_prefix_cache(self) -> None:
         # The aborts may still be on their way through the scheduler, which keeps their blocks until then.
         for _ in range(100):
-            if await self.reset_prefix_cache() is not False:
+            if await self._reset_prefix_cache():
                 return
             await asyncio.sleep(_DRAIN_POLL_S)
         raise WeightUpdateError(
@@ -439,11 +499,11 @@ class RolloutEngine(AsyncLLM):
             await self._workers("process_weights_after_loading")
 
     async def add_lora(self, peft_config: Any = None, *, lora_request: Any = None) -> bool:
-        """As ``AsyncLLM.add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
+        """As vLLM's ``add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
         request = peft_config if lora_request is None else lora_request
         if request is None or isinstance(request, Mapping):
             raise UnsupportedFeatureError(_LORA)
-        return bool(await super().add_lora(request))
+        return await self._vllm.add_lora(self, request) is not False  # V0 says nothing, or raises
 
     async def _receive(self, method: str, *args: Any) -> None:
         if self._session_open:
@@ -476,7 +536,7 @@ class RolloutEngine(AsyncLLM):
 
     async def _abandon_update(self, error: BaseException) -> None:
         self._implicit_open = False
-        if self.errored:
+        if self.errored:  # type: ignore[attr-defined]
             return
         written = any(await self._workers("abandon_update"))
         self._note(await self._workers("state"), **({"reason": str(error)} if written else {}))
@@ -485,6 +545,13 @@ class RolloutEngine(AsyncLLM):
         """End the engine and every process it started."""
         for sender in getattr(self, "_senders", {}).values():
             sender.close()
-        super().shutdown()
-        for directory in getattr(self, "_scratch", ()):
+        self._stop()
+        for directory in self._options.scratch:
             shutil.rmtree(directory, ignore_errors=True)
+        options, self._options = self._options, EngineOptions()
+        if options.on_shutdown is not None:
+            options.on_shutdown()
+
+    def _stop(self) -> None:
+        """vLLM's ``shutdown``."""
+        self._vllm.shutdown(self)

@@ -6,11 +6,14 @@ import dataclasses
 import difflib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from roll_vllm import devices, environment, versions
+from roll_vllm import backends, devices, environment, scheduling, versions
+from roll_vllm.engine import EngineOptions
 from roll_vllm.errors import (
     OUT_OF_MEMORY_REMEDY,
     ConfigurationError,
@@ -18,9 +21,10 @@ from roll_vllm.errors import (
     RollVllmError,
     UnsupportedFeatureError,
 )
+from roll_vllm.patches import process
 
 if TYPE_CHECKING:
-    from roll_vllm.devices import Device
+    from roll_vllm.backends import Backend
     from roll_vllm.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -71,51 +75,103 @@ async def create_async_llm(
             "resource_placement_groups and use distributed_executor_backend='mp' or None"
         )
     device = devices.detect()
-    arguments = _engine_arguments(engine_args, device)
+    devices.require_runnable(device)
+    backend = backends.of(device)
+    generation = environment.engine_generation(installed.version, backend.name, os.environ)
+    arguments = _engine_arguments(engine_args, installed.version, backend, generation)
     changes: dict[str, str | None] = dict(
         environment.worker_environment(
             worker_name=worker_name if worker_name is not None else os.environ.get("WORKER_NAME"),
-            device_kind=device.kind,
+            device_kind=backend.name,
             vllm_version=installed.version,
             port=environment.free_port(),
             environ=os.environ,
+            ranks=_ranks(arguments),
         )
     )
-    changes.update(_cpu_binding(arguments, device))
-    with environment.left_as_found():
-        # Inside, because importing vLLM sets variables too.
-        from roll_vllm.engine import RolloutEngine
+    caches = [Path(str(changes[name])) for name in ("VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")]
+    for directory in caches:
+        environment.ensure_cache_directory(directory)
+    records = Path(tempfile.mkdtemp(prefix="roll_vllm-records-"))
+    changes[process.VARIABLE] = str(records)
+    # A worker without a name has caches that nobody finds again.
+    scratch = (*(directory for directory in caches if environment.is_unnamed(directory.name)), records)
+    hold = _Hold(changes)
+    try:
+        with environment.left_as_found():
+            # Inside, because importing vLLM sets variables too, and looks at VLLM_USE_V1.
+            hold.patches()
+            backend.release_allocator(os.environ)
+            options = EngineOptions(allow_dummy_weights, scratch, records, hold.release)
+            engine = await _start(generation, arguments, options)
+    except BaseException:
+        hold.release()
+        for directory in scratch:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    if generation == "V1":  # a V0 engine goes on reading the variables, in this process
+        hold.variables.restore()
+    return engine
 
-        checked = _checked(arguments)
-        caches = [Path(str(changes[name])) for name in ("VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")]
-        for directory in caches:
-            environment.ensure_cache_directory(directory)
-        # A worker without a name has caches that nobody finds again.
-        scratch = [directory for directory in caches if environment.is_unnamed(directory.name)]
-        with environment.AppliedEnvironment(changes):
-            _release_expandable_segments(device)
-            try:
-                return await RolloutEngine.start(checked, allow_dummy_weights=allow_dummy_weights, scratch=scratch)
-            except RollVllmError:
-                raise
-            except Exception as error:
-                if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
-                    raise EngineOutOfMemoryError(
-                        f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}"
-                    ) from error
-                raise
+
+class _Hold:
+    """What an engine changes in this process, until it is released: the variables, and the patches."""
+
+    _engines: ClassVar[int] = 0
+
+    def __init__(self, changes: Mapping[str, str | None]) -> None:
+        self.variables = environment.AppliedEnvironment(changes).apply()
+        self._patched = False
+
+    def patches(self) -> None:
+        """Apply the patches; they go when the last engine of this process does."""
+        _Hold._engines += 1
+        self._patched = True
+        process.apply_here("parent")
+
+    def release(self) -> None:
+        """Put everything back; may be repeated."""
+        self.variables.restore()
+        if self._patched:
+            self._patched = False
+            _Hold._engines -= 1
+            if not _Hold._engines:
+                process.undo_here()
 
 
-def _engine_arguments(given: Mapping[str, Any], device: Device) -> dict[str, Any]:
+async def _start(generation: str, arguments: dict[str, Any], options: EngineOptions) -> RolloutEngine:
+    """Start the engine in the environment as it is."""
+    checked = _checked(arguments)
+    kind: type[RolloutEngine]
+    if generation == "V1":
+        from roll_vllm.frontends.v1 import RolloutEngineV1 as kind
+    else:
+        from roll_vllm.frontends.v0 import RolloutEngineV0 as kind
+    try:
+        return await kind.start(checked, options)
+    except RollVllmError:
+        raise
+    except Exception as error:
+        if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
+            raise EngineOutOfMemoryError(f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}") from error
+        raise
+
+
+def _engine_arguments(given: Mapping[str, Any], vllm_version: str, backend: Backend, generation: str) -> dict[str, Any]:
     """ROLL's defaults, the caller's arguments, and what the runtime itself needs."""
     arguments = {**ROLL_DEFAULTS, "worker_extension_cls": _EXTENSION, **given}
     if given.get("enable_sleep_mode") is False:
         raise ConfigurationError("enable_sleep_mode=False: the rollout engine always has sleep mode; leave it out")
-    # vLLM refuses its own sleep mode on CPU; there the runtime's takes its place.
-    arguments["enable_sleep_mode"] = device.kind != "cpu"
+    arguments["enable_sleep_mode"] = backend.enable_sleep_mode(vllm_version, generation)
+    if generation == "V1" and not given.get("scheduler_cls") and not given.get("async_scheduling"):
+        arguments["scheduler_cls"] = scheduling.QUALNAME
     if arguments["worker_extension_cls"] != _EXTENSION:
         _check_extension(arguments["worker_extension_cls"])
     return arguments
+
+
+def _ranks(arguments: Mapping[str, Any]) -> int:
+    return int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
 
 
 def _check_extension(qualname: Any) -> None:
@@ -150,22 +206,6 @@ def _checked(arguments: dict[str, Any]) -> Any:
     looks_local = path.is_absolute() or str(model).startswith((".", "~"))
     if looks_local and not (path / "config.json").is_file():
         raise ConfigurationError(f"the model {model} has no readable config.json; give the directory that holds it")
+    if "disable_log_requests" in known:  # 0.8.4 would log every request; later ones do not
+        arguments.setdefault("disable_log_requests", True)
     return AsyncEngineArgs(**arguments)
-
-
-def _cpu_binding(arguments: Mapping[str, Any], device: Device) -> dict[str, str]:
-    """Several CPU ranks share the cores: vLLM would bind one NUMA node to each, which most hosts do not have."""
-    ranks = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
-    if device.kind != "cpu" or ranks == 1 or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
-        return {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
-
-def _release_expandable_segments(device: Device) -> None:
-    if device.kind not in ("cuda", "rocm"):
-        return
-    import torch
-
-    # The variable alone comes too late for an allocator that already runs in this process.
-    if torch.cuda.is_initialized():
-        torch.cuda.memory._set_allocator_settings(environment.allocator_setting(os.environ))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from roll_vllm import versions
 from roll_vllm.errors import (
     ConfigurationError,
     EngineAsleepError,
@@ -20,7 +21,6 @@ from roll_vllm.state import TAGS, WeightsStatus
 from roll_vllm.transfer import collective, shared_memory
 from roll_vllm.transfer.manifest import BucketManifest, specs_from
 from roll_vllm.worker.checksums import model_checksums
-from roll_vllm.worker.lifeline import watch_parent
 from roll_vllm.worker.loading import WeightLoader
 from roll_vllm.worker.memory import PoolMemory, SleepMemory, StorageMemory, out_of_memory_explained
 
@@ -40,7 +40,6 @@ class WorkerRuntime:
     """
 
     def __init__(self, worker: Any, initial: WeightsStatus) -> None:
-        watch_parent()
         self._worker = worker
         self._model: torch.nn.Module = worker.model_runner.get_model()
         _keep_linear_weights_live(self._model)
@@ -211,14 +210,12 @@ class WorkerRuntime:
         if "weights" in self._memory.sleeping:
             raise EngineAsleepError("the weights are asleep; wake and update them before processing them")
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
         worker = self._worker
         default = torch.get_default_dtype()
         torch.set_default_dtype(worker.model_config.dtype)
         try:
             with set_current_vllm_config(worker.vllm_config):
-                process_weights_after_loading(self._model, worker.model_config, self._device)
+                _post_load_step()(self._model, worker.model_config, self._device)
         finally:
             torch.set_default_dtype(default)
         _keep_linear_weights_live(self._model)
@@ -258,6 +255,17 @@ class WorkerRuntime:
             return {"value": operation(*args)}
         except RollVllmError as error:
             return {"error": type(error).__name__, "message": str(error), "rank": int(self._worker.rank)}
+
+
+def _post_load_step() -> Callable[..., None]:
+    from vllm import __version__
+
+    if versions.satisfies(__version__, "<0.8.5"):
+        from vllm.model_executor.model_loader.loader import _process_weights_after_loading as step
+    else:
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading as step
+    found: Callable[..., None] = step
+    return found
 
 
 def _is_tied(worker: Any) -> bool:

@@ -23,9 +23,9 @@ UNWATCHED = "ROLL_VLLM_SABOTAGE_UNWATCHED"
 class SabotagedExtension(RollVllmWorkerExtension):
     """The worker extension, with a switch."""
 
-    def roll_vllm_init(self, initial: str) -> None:
-        with patch("roll_vllm.worker.runtime.watch_parent") if UNWATCHED in os.environ else ExitStack():
-            super().roll_vllm_init(initial)
+    def roll_vllm_init(self, initial: str, frontend: int) -> None:
+        with patch("roll_vllm.worker.lifeline.watch_parent") if UNWATCHED in os.environ else ExitStack():
+            super().roll_vllm_init(initial, frontend)
         if UNWATCHED in os.environ:
             _leave_a_child_behind()
 

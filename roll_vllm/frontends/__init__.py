@@ -1,0 +1,1 @@
+"""The rollout engine in front of each generation of vLLM's engine."""

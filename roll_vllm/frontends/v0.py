@@ -1,0 +1,135 @@
+"""The rollout engine on vLLM's V0 engine: a subclass of ``AsyncLLMEngine``, whose rank 0 lives in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, ClassVar
+
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+
+from roll_vllm.engine import RolloutEngine
+
+_POLL_S = 0.01
+
+
+class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
+    """See :class:`roll_vllm.RolloutEngine`.
+
+    What V1 does by itself and this class adds: an aborted request ends with one final output that holds its tokens
+    (V0 raises ``CancelledError`` in the caller), and remote calls never meet a running step.
+    """
+
+    generation = "V0"
+    _vllm: ClassVar[Any] = AsyncLLMEngine
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        AsyncLLMEngine.__init__(self, *args, **kwargs)
+        self.vllm_config = kwargs["vllm_config"]
+        self._stepping = asyncio.Lock()
+        self._consumers: dict[str, asyncio.Task[Any] | None] = {}
+        self._aborted: dict[str, Any] = {}
+
+    # -- remote calls ---------------------------------------------------------------------------------------
+
+    async def engine_step(self, virtual_engine: int) -> bool:
+        """As vLLM's ``engine_step``, while no remote call runs."""
+        async with self._stepping:
+            return bool(await AsyncLLMEngine.engine_step(self, virtual_engine))
+
+    async def _call_workers(self, method: str, args: tuple[Any, ...], kwargs: Any) -> list[Any]:
+        async with self._stepping:
+            # The other ranks otherwise wait for the next step, and hear nothing else.
+            await self.engine.stop_remote_worker_execution_loop_async()
+            call = self.engine.model_executor.collective_rpc
+            results: list[Any] = await asyncio.to_thread(call, method, None, args, kwargs)
+        return results
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    async def _outputs(self, request_id: str, /, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        self._consumers[request_id] = asyncio.current_task()
+        try:
+            async for output in AsyncLLMEngine.generate(self, *args, **kwargs):
+                yield output
+        except asyncio.CancelledError:
+            final = self._aborted.get(request_id)
+            if final is None:
+                raise
+            yield final
+        finally:
+            self._consumers.pop(request_id, None)
+            self._aborted.pop(request_id, None)
+
+    async def _end(self, request_ids: Sequence[str]) -> None:
+        if not self.is_running:  # before the first request
+            return
+        live = set(self._request_ids())
+        for request_id in request_ids:
+            # vLLM itself aborts a request whose caller was cancelled, and the caller is not to get an output then.
+            if request_id in live and self._consumers.get(request_id) is not asyncio.current_task():
+                self._aborted[request_id] = self._partial(request_id)
+            if request_id in live:
+                await AsyncLLMEngine.abort(self, request_id)
+
+    def _partial(self, request_id: str) -> Any:
+        """The final output of a request that is being aborted, with what it has generated so far."""
+        from vllm.outputs import CompletionOutput, RequestOutput
+        from vllm.sampling_params import RequestOutputKind
+
+        completions: dict[int, Any] = {}
+        prompt = prompt_ids = None
+        for index, group in self._groups(request_id):
+            params, sequence = group.sampling_params, group.seqs[0]
+            prompt, prompt_ids = group.prompt, group.prompt_token_ids
+            # Who asked for differences has got them all.
+            told = params.output_kind == RequestOutputKind.DELTA
+            empty: Any = [] if params.logprobs is not None else None
+            completions[index] = CompletionOutput(
+                index,
+                "" if told else sequence.output_text,
+                [] if told else list(sequence.get_output_token_ids()),
+                sequence.get_cumulative_logprob() if params.logprobs is not None else None,
+                empty if told or params.logprobs is None else list(sequence.output_logprobs),
+                finish_reason="abort",
+            )
+        outputs = [completions[index] for index in sorted(completions)]
+        if not outputs:  # it has not reached the scheduler
+            outputs = [CompletionOutput(0, "", [], None, None, finish_reason="abort")]
+        return RequestOutput(request_id, prompt, prompt_ids, None, outputs, finished=True)
+
+    def _groups(self, request_id: str) -> Iterator[tuple[int, Any]]:
+        """The sequence groups of a request, with the index of each; several with ``n > 1``."""
+        parents = self.engine.seq_id_to_seq_group
+        for scheduler in self.engine.scheduler:
+            for group in [*scheduler.waiting, *scheduler.running, *scheduler.swapped]:
+                parent = parents.get(group.request_id)
+                if (parent.group_id if parent else group.request_id) == request_id:
+                    yield parent.seq_id_to_index[group.request_id] if parent else 0, group
+        for parent in {id(parent): parent for parent in parents.values() if parent.group_id == request_id}.values():
+            for name, group in parent.finished_reqs.items():
+                yield parent.seq_id_to_index[name], group
+
+    def unfinished_requests(self) -> dict[str, int]:
+        parents = {parent.group_id for parent in self.engine.seq_id_to_seq_group.values()}
+        return {"requests": len(self._request_ids()), "parents": len(parents)}
+
+    def _request_ids(self) -> list[str]:
+        tracker = getattr(self, "_request_tracker", None)
+        if tracker is None:
+            return []
+        arriving = [stream.request_id for stream, _ in tracker._new_requests._queue]
+        return [*arriving, *tracker._request_streams]
+
+    async def _settle(self) -> None:
+        # Aborted requests leave the scheduler with the next step.
+        while self.is_running and (self._request_tracker.has_new_requests() or self.engine.has_unfinished_requests()):
+            await asyncio.sleep(_POLL_S)
+
+    async def _reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        async with self._stepping:
+            return self.engine.reset_prefix_cache(*args, **kwargs) is not False
+
+    def _stop(self) -> None:
+        self.shutdown_background_loop()
+        self.engine.model_executor.shutdown()
