@@ -12,6 +12,9 @@ from vllm.platforms.cpu import CpuPlatform
 from roll_vllm import versions
 from roll_vllm.reference import NAME, stand_ins
 
+# torch.compile of vLLM's small helpers takes 10 s and more in every process, even without Inductor.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 _BLOCK_SIZE = 16  # tokens; vLLM's default on GPUs, and all that the CPU platforms of some releases let pass
 
 
@@ -27,7 +30,7 @@ class CpuReferencePlatform(CpuPlatform):
     """vLLM's CPU platform without its compiled operators."""
 
     dist_backend: str = "gloo"
-    simple_compile_backend: str = "eager"  # Inductor takes more than 10 s a process
+    simple_compile_backend: str = "eager"
     # Ray counts accelerators by this key, and vLLM's executors know only this one that needs no resource of ours:
     # the workers' machines are started with as many logical GPUs as they shall hold workers.
     ray_device_key: str = "GPU"
@@ -81,7 +84,7 @@ class CpuReferencePlatform(CpuPlatform):
         parallel.disable_custom_all_reduce = True
         if worker == "auto":
             parallel.worker_cls = f"roll_vllm.reference.worker_{_engine().lower()}.ReferenceWorker"
-        _restore("OMP_NUM_THREADS", threads)  # else several ranks on one machine would each use all cores
+        _restore("OMP_NUM_THREADS", threads)  # vLLM would set it to all cores, for every rank
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         if vllm_config.model_config is not None:
             vllm_config.model_config.enforce_eager = True
@@ -109,8 +112,11 @@ def _switch_compilation_off(compilation: Any) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
 
 
-def set_threads(ranks: int) -> None:
-    """Give this process its share of the cores, unless the environment says how many threads to use."""
+def set_threads() -> None:
+    """Let this process compute with one thread, unless the environment says how many.
+
+    Several engines, their tests and their reference models share a machine's cores, and threads that wait for each
+    other make no progress there.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, min(4, cores // ranks)))
+        torch.set_num_threads(1)

@@ -30,7 +30,7 @@ if _HAS_CPU_WORKER:
 
         def init_device(self) -> None:
             self.device = torch.device("cpu")  # Ray's worker wrapper asks for it
-            set_threads(self.parallel_config.world_size)
+            set_threads()
             init_worker_distributed_environment(
                 self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, "gloo"
             )
@@ -64,7 +64,7 @@ else:
         def init_device(self) -> None:
             self.device = torch.device("cpu")
             parallel = self.parallel_config
-            set_threads(parallel.world_size)
+            set_threads()
             set_custom_all_reduce(False)
             init_distributed_environment(
                 parallel.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
