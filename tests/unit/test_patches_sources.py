@@ -207,8 +207,8 @@ def test_an_index_that_answers_in_json(index: Index, tmp_path: Path, monkeypatch
 
     def opened(request: object, timeout: float) -> object:
         # By its name, urllib takes the file for what an index would declare: application/json.
-        is_page = hasattr(request, "full_url")
-        return plain((index.root / "vllm/page.json").as_uri() if is_page else request, timeout=timeout)
+        page = (index.root / "vllm/page.json").as_uri()
+        return plain(page if hasattr(request, "full_url") else str(request), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", opened)
     assert released.trees(["0.12.0"], cache=tmp_path / "cache")["0.12.0"].find("vllm.engine:E.run")

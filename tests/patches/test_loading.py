@@ -1,0 +1,101 @@
+"""0.8.4: weights that can be loaded again, and fp8 scales that find their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import SELECTED
+
+for_fp8 = pytest.mark.skipif(
+    all(patch.name != "fp8-qkv-block-scales" for patch in SELECTED), reason="0.8.4 alone needs fp8-qkv-block-scales"
+)
+for_experts = pytest.mark.skipif(
+    all(patch.name != "moe-loaders-kept" for patch in SELECTED), reason="0.8.4 alone needs moe-loaders-kept"
+)
+
+
+def experts(owner: Any) -> tuple[Any, torch.nn.Module]:
+    layer = torch.nn.Module()
+    method = owner()
+    method.create_weights(
+        layer, num_experts=2, hidden_size=4, intermediate_size_per_partition=3, params_dtype=torch.float32,
+        weight_loader="the loader", other=1,
+    )  # fmt: skip
+    return method, layer
+
+
+@for_experts
+def test_upstream_loses_the_loaders() -> None:
+    from vllm.model_executor.layers.fused_moe.layer import UnquantizedFusedMoEMethod
+
+    method, layer = experts(UnquantizedFusedMoEMethod)
+    method.process_weights_after_loading(layer)
+    assert not hasattr(layer.w13_weight, "weight_loader")
+
+
+@for_experts
+def test_experts_keep_their_loaders(patched: Callable[[str], Any]) -> None:
+    method, layer = experts(patched("moe-loaders-kept"))
+    layer.w13_weight.data.fill_(1.0)
+    for _ in range(2):
+        before = layer.w13_weight
+        method.process_weights_after_loading(layer)
+        assert layer.w13_weight is not before
+        for parameter in (layer.w13_weight, layer.w2_weight):
+            assert (parameter.weight_loader, parameter.other) == ("the loader", 1)
+    assert layer.w13_weight.eq(1.0).all()
+
+
+ROWS, COLUMNS = 4, 2
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+
+
+def projections(owner: Any) -> Any:
+    """What the loader asks a QKVParallelLinear with 4 heads and 2 key-value heads of 8 rows, on one rank."""
+    linear = SimpleNamespace(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=SIZE,
+        num_kv_head_replicas=1,
+        quant_method=SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[ROWS, COLUMNS])),
+    )
+    for name in ("_get_shard_offset_mapping", "_get_shard_size_mapping"):
+        setattr(linear, name, getattr(owner, name).__get__(linear))
+    return linear
+
+
+def load(loader: Any, linear: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightParameter
+
+    rows = (HEADS + 2 * KV_HEADS) * SIZE
+    weight = ModelWeightParameter(
+        data=torch.full((rows, 4), -1.0), input_dim=1, output_dim=0, weight_loader=lambda *_: None
+    )
+    scale = BlockQuantScaleParameter(
+        data=torch.full((rows // ROWS, 4 // COLUMNS), -1.0), input_dim=1, output_dim=0, weight_loader=lambda *_: None
+    )
+    for shard, heads, value in (("q", HEADS, 1.0), ("k", KV_HEADS, 2.0), ("v", KV_HEADS, 3.0)):
+        loader(linear, weight, torch.full((heads * SIZE, 4), value), shard)
+        loader(linear, scale, torch.full((heads * SIZE // ROWS, 4 // COLUMNS), value), shard)
+    return weight.data[:, 0], scale.data[:, 0]
+
+
+@for_fp8
+def test_upstream_misplaces_block_scales(one_rank: None) -> None:
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        load(QKVParallelLinear.weight_loader_v2, projections(QKVParallelLinear))
+
+
+@for_fp8
+def test_block_scales_of_projections(one_rank: None, patched: Callable[[str], Any]) -> None:
+    owner = patched("fp8-qkv-block-scales")
+    for _ in range(2):
+        weight, scale = load(owner.weight_loader_v2, projections(owner))
+        assert weight.tolist() == [1.0] * 32 + [2.0] * 16 + [3.0] * 16
+        assert scale.tolist() == [1.0] * 8 + [2.0] * 4 + [3.0] * 4
