@@ -176,6 +176,10 @@ def _reference(probe: Probe, why: str) -> Device:
     cpu_build = _cpu_build(probe)
     if cpu_build:
         raise ConfigurationError(f"{why}, but {cpu_build}, which needs no reference platform; {remedy}")
+    vllm = probe.installed()
+    if vllm is not None and versions.resolve(vllm.version) is None:
+        tested = ", ".join(row.release for row in versions.TESTED)
+        raise ConfigurationError(f"{why}, but it does not know vLLM {vllm.version}; install one of: {tested}")
     best = _best(probe)
     if best.kind != "cpu":
         raise ConfigurationError(

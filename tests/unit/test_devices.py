@@ -322,6 +322,12 @@ def test_the_reference_platform_is_refused_beside_the_real_thing(
         nvidia.detect(requested, environ)
 
 
+def test_the_reference_platform_is_refused_for_releases_that_it_does_not_know(host: Host) -> None:
+    host.vllm = Installed("vllm", "0.13.0")
+    with pytest.raises(ConfigurationError, match="does not know vLLM 0.13.0; install one of: 0.8.4, 0.10.2"):
+        host.detect("cpu-reference")
+
+
 def test_the_variable_does_not_keep_from_an_accelerator_that_is_asked_for(nvidia: Host) -> None:
     assert nvidia.detect("cuda", REFERENCE).backend == "cuda"
 
