@@ -26,8 +26,8 @@ class Route:
     Attributes:
         backend: The backend that it runs on: ``cuda``, ``cpu`` or ``cpu-reference``.
         requirement: The wheel, as a requirement.
-        overrides: Requirements that replace what packages ask for: pins of torch builds that PyPI does not
-            hold, and packages that only a GPU could use.
+        overrides: Requirements to install beside the wheel, which also replace what packages ask for: pins of
+            torch builds that PyPI does not hold, and packages that only a GPU could use.
     """
 
     backend: str
@@ -174,7 +174,8 @@ TESTED: tuple[VersionRow, ...] = (
         transformers="4.51.3",
         python=">=3.9,<3.13",
         engines=("V0", "V1"),
-        others=("numpy<2.3",),
+        # triton 3.2 imports setuptools, which nothing asks for before Python 3.12.
+        others=("numpy<2.3", "setuptools>=74.1.1,<80"),
         ascend="0.8.4rc2",
     ),
     _row(
