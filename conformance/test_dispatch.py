@@ -68,8 +68,8 @@ async def test_refusals_say_what_to_do(
     cases: list[tuple[Callable[[], Awaitable[Any]], list[str]]] = [
         (lambda: engine.offload_states(3), ["sleep level", "1", "2", "3"]),
         (lambda: engine.load_states(["cache"]), ["weights", "kv_cache", "cache"]),
-        (lambda: engine.add_lora(lora), ["LoRA", "release"]),
-        (lambda: engine.update_parameter_in_bucket([payload()], is_lora=True), ["LoRA", "release"]),
+        (lambda: engine.add_lora(lora), ["LoRA", "enable_lora=True"]),
+        (lambda: engine.update_parameter_in_bucket([payload()], is_lora=True), ["LoRA", "enable_lora=True"]),
         (lambda: engine.update_parameter_in_bucket([]), ["one payload for each rank"]),
         (lambda: engine.update_parameter_in_bucket([b"\x80\x04."]), ["BucketSender", "Pickled", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(size=8)]), [name, "metadata", "rank 0"]),

@@ -23,7 +23,8 @@ from pytest_roll_vllm.engines import EngineHandle, EnginePool
 from pytest_roll_vllm.models import Model
 from pytest_roll_vllm.report import note
 from pytest_roll_vllm.trainer import Trainer
-from roll_vllm import BucketSender, WeightsNotReadyError, WeightsStatus, WeightUpdateError, environment
+from roll_vllm import BucketSender, WeightsNotReadyError, WeightsStatus, WeightUpdateError, environment, versions
+from roll_vllm.patches.registry import PATCHES
 
 #: What a user's shell may hold: expandable segments on, an option worth keeping, a trap for rank 1.
 HOSTILE = {
@@ -34,7 +35,7 @@ HOSTILE = {
 
 @dataclass
 class FreshEngine:
-    """An engine of two ranks that has received nothing yet."""
+    """An engine of two ranks that has received nothing yet; the processes are those it started."""
 
     handle: EngineHandle
     before: dict[str, str]
@@ -93,12 +94,19 @@ def fresh_engine(
 ) -> FreshEngine:
     """One engine for the whole module, started in a hostile environment."""
     kept: list[FreshEngine] = vllm_engine_pool.keep.setdefault("fresh", [])
+    failures: list[Exception] = vllm_engine_pool.keep.setdefault("fresh failures", [])
+    if failures:  # another try would take minutes and end in the same way
+        raise failures[0]
     if not kept:
         script = request.getfixturevalue("parent_script")  # first, so that both start side by side
         running = {process.pid for process in processes_below(os.getpid())}
         with environment.AppliedEnvironment(dict(HOSTILE)):
             before = dict(os.environ)
-            handle = vllm_engine_pool.start(vllm_engine_creator(vllm_engine_args))
+            try:
+                handle = vllm_engine_pool.start(vllm_engine_creator(vllm_engine_args))
+            except Exception as error:
+                failures.append(error)
+                raise
             after = dict(os.environ)
         of_script = {process.pid for process in processes_below(script.pid)}
         started = [p for p in processes_below(os.getpid()) if p.pid not in running | of_script]
@@ -210,6 +218,26 @@ async def test_timeout_is_kept(fresh_engine: FreshEngine) -> None:
     # An answer that comes too late must not be taken for the answer to the next call.
     workers = (await asyncio.wait_for(fresh_engine.handle.state(), 10)).workers
     assert [worker.rank for worker in workers] == [0, 1]
+
+
+@contract(
+    "vd-signatures-probed",
+    "In every process of the engine, what the runtime changes in vLLM is what it was written for, and is on record.",
+    references=("DataDog/dd-trace-py#18393", "PrimeIntellect-ai/prime-rl#1810"),
+)
+async def test_patches_are_in_every_process(fresh_engine: FreshEngine, vllm_version: str) -> None:
+    records = {record.pid: record for record in fresh_engine.handle.patch_records()}
+    # Whoever runs vLLM: this process, the engine core and the workers. Resource trackers run nothing of ours.
+    wanted = {os.getpid(), *(process.pid for process in fresh_engine.processes), *await pids(fresh_engine.handle)}
+    assert wanted <= set(records), f"processes {sorted(wanted - set(records))} left no record"
+    meant = {patch.name for patch in PATCHES if versions.satisfies(vllm_version, patch.versions)}
+    for record in records.values():
+        outcomes = {name: outcome.outcome for name, outcome in record.patches.items()}
+        assert not record.error, f"process {record.pid} ({record.role}): {record.error}"
+        assert set(outcomes) == {patch.name for patch in PATCHES}
+        # "deferred" is a patch of a module that this process has not imported.
+        applied = {name for name, outcome in outcomes.items() if outcome in ("applied", "deferred")}
+        assert applied == meant, f"process {record.pid} ({record.role}): {outcomes}"
 
 
 no_orphans = contract(

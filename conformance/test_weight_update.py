@@ -176,6 +176,26 @@ async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Tr
 
 
 @contract(
+    "wu-cache-reset-not-ignored",
+    "A prefix cache that cannot be emptied, because a request runs, is reported as such; once it has ended it can.",
+    references=("vllm-project/vllm#28827", "NVIDIA-NeMo/RL#3839"),
+)
+async def test_refused_reset_is_reported(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
+    running = asyncio.Event()
+
+    async def generate() -> None:
+        async for _ in vllm_engine.stream(prompts[3], request_id="busy", temperature=0.0, max_tokens=900):
+            running.set()
+
+    call = asyncio.ensure_future(generate())
+    await asyncio.wait_for(running.wait(), 60)
+    assert await vllm_engine.reset_prefix_cache() is False, "the cache is in use, and the engine says that it is empty"
+    await vllm_engine.abort("busy")
+    await asyncio.wait_for(call, 10)
+    assert await vllm_engine.reset_prefix_cache() is True
+
+
+@contract(
     "wu-while-asleep",
     "An update sent to a sleeping engine wakes the weights first; it is neither lost nor a crash.",
     references=("vllm-project/vllm#57853",),

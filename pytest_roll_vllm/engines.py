@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import json
+import signal
 import threading
 import time
 import uuid
@@ -64,6 +65,7 @@ class EngineHandle:
     @classmethod
     def start(cls, create: Callable[[], Coroutine[Any, Any, Any]]) -> EngineHandle:
         """Start an engine on a new loop thread and wait until it is up."""
+        _outlive_engines()
         thread = LoopThread("vllm-engine")
         try:
             return cls(thread.submit(create()).result(), thread)
@@ -135,21 +137,27 @@ class EngineHandle:
 
     # -- what tests do all the time -------------------------------------------------------------------------
 
-    async def complete(self, prompt: Any, *, request_id: str | None = None, **sampling: Any) -> Any:
+    async def complete(
+        self, prompt: Any, *, request_id: str | None = None, lora_request: Any = None, **sampling: Any
+    ) -> Any:
         """Generate to the end.
 
         Args:
             prompt: token ids, or whatever vLLM takes as a prompt.
             request_id: a new one by default.
+            lora_request: vLLM's request for an adapter.
             sampling: fields of vLLM's ``SamplingParams``.
 
         Returns:
             The last ``RequestOutput``.
         """
-        outputs = [output async for output in self.stream(prompt, request_id=request_id, **sampling)]
+        named = {"request_id": request_id, "lora_request": lora_request}
+        outputs = [output async for output in self.stream(prompt, **named, **sampling)]
         return outputs[-1]
 
-    async def stream(self, prompt: Any, *, request_id: str | None = None, **sampling: Any) -> AsyncIterator[Any]:
+    async def stream(
+        self, prompt: Any, *, request_id: str | None = None, lora_request: Any = None, **sampling: Any
+    ) -> AsyncIterator[Any]:
         """Generate, yielding every ``RequestOutput``; arguments as for :meth:`complete`."""
         from vllm import SamplingParams
 
@@ -157,7 +165,8 @@ class EngineHandle:
             prompt = {"prompt_token_ids": prompt}
         params = SamplingParams(**{"ignore_eos": True, **sampling})
         # Closing this generator must reach the engine at once, not when the inner one is collected.
-        async with aclosing(self.generate(prompt, params, request_id=request_id or uuid.uuid4().hex)) as outputs:
+        named = {"request_id": request_id or uuid.uuid4().hex, "lora_request": lora_request}
+        async with aclosing(self.generate(prompt, params, **named)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -181,6 +190,17 @@ class _UpdateHandle:
 
     async def send(self, named_tensors: Any) -> None:
         await self._handle._call(self._update.send, named_tensors)
+
+
+def _outlive_engines() -> None:
+    """Let an engine that fails be an error of the test that started it.
+
+    The engine core of 0.8.4 sends its parent SIGUSR1 when it fails, for a handler that vLLM can only install on the
+    main thread; without one, the signal ends the whole run without a word.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    if on_main and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)  # not SIG_IGN, which children would inherit
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from roll_vllm import errors
 from roll_vllm.admission import AbortedWhileWaiting, AdmissionGate
-from roll_vllm.errors import ConfigurationError, RollVllmError, UnsupportedFeatureError, WeightUpdateError
+from roll_vllm.errors import ConfigurationError, RollVllmError, WeightUpdateError
 from roll_vllm.patches import process
 from roll_vllm.state import TAGS, EngineState, WeightsStatus, WorkerState
 from roll_vllm.transfer.manifest import specs_from
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _DRAIN_POLL_S = 0.01
-_LORA = "LoRA adapters from tensors (add_lora(peft_config), is_lora=True) are not part of this release of roll_vllm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +76,7 @@ class RolloutEngine(ABC):
     _session_open: bool
     _implicit_open: bool
     _versions: dict[str, int]
+    _lora: int
 
     @classmethod
     async def start(cls, engine_args: Any, options: EngineOptions | None = None) -> Self:
@@ -94,7 +94,7 @@ class RolloutEngine(ABC):
         engine._options = options
         engine._gate = AdmissionGate(EngineState(initial), options.allow_dummy_weights)
         engine._control = asyncio.Lock()
-        engine._senders, engine._versions = {}, {}
+        engine._senders, engine._versions, engine._lora = {}, {}, 0
         engine._session_open = engine._implicit_open = False
         try:
             await engine.custom_init_worker()
@@ -102,6 +102,11 @@ class RolloutEngine(ABC):
             engine.shutdown()
             raise
         return engine
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Everything of vLLM's engine."""
 
     # -- what differs between the generations ---------------------------------------------------------------
 
@@ -188,8 +193,8 @@ class RolloutEngine(ABC):
         """End the running requests by the policy ``"abort"`` or ``"wait"``; the gate must be closed."""
         if running == "wait":
             while self._request_ids():
-                if self.errored:  # type: ignore[attr-defined]
-                    raise self.dead_error  # type: ignore[attr-defined]
+                if self.errored:
+                    raise self.dead_error
                 await asyncio.sleep(_DRAIN_POLL_S)
         else:
             await self.abort_all()
@@ -306,6 +311,7 @@ class RolloutEngine(ABC):
             await self._drop_prefix_cache()
             if level == 2:
                 self._implicit_open = False
+                self._lora = 0
             self._note(await self._workers("sleep", level))
 
     async def load_states(self, tags: Sequence[str] | None = None) -> None:
@@ -414,13 +420,11 @@ class RolloutEngine(ABC):
         Args:
             serialized_named_tensors: one payload a rank, from ``BucketSender.payloads`` or
                 ``serialize_named_weights``.
-            is_lora: not in this release.
+            is_lora: the tensors are a LoRA adapter's, by PEFT's names; kept until :meth:`add_lora`.
 
         Raises:
             WeightUpdateError: the bucket does not fit its metadata or the model.
         """
-        if is_lora:
-            raise UnsupportedFeatureError(_LORA)
         if isinstance(serialized_named_tensors, (bytes, str)) or not serialized_named_tensors:
             raise WeightUpdateError("serialized_named_tensors must be a list with one payload for each rank")
         world_size = self.vllm_config.parallel_config.world_size
@@ -428,7 +432,8 @@ class RolloutEngine(ABC):
             raise WeightUpdateError(
                 f"{len(serialized_named_tensors)} payloads for {world_size} ranks; give one for each rank"
             )
-        await self._receive("receive_bucket", list(serialized_named_tensors))
+        receive = self._receive_lora if is_lora else self._receive
+        await receive("receive_bucket", list(serialized_named_tensors))
 
     async def setup_collective_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
@@ -466,12 +471,11 @@ class RolloutEngine(ABC):
             dtypes: torch dtypes or their names.
             shapes: shapes.
             group_name: a group made by :meth:`setup_collective_group`.
-            is_lora: not in this release.
+            is_lora: the tensors are a LoRA adapter's, by PEFT's names; kept until :meth:`add_lora`.
         """
-        if is_lora:
-            raise UnsupportedFeatureError(_LORA)
+        receive = self._receive_lora if is_lora else self._receive
         specs = specs_from(names, dtypes, shapes)
-        await self._receive(
+        await receive(
             "receive_broadcast",
             [spec.name for spec in specs],
             [spec.dtype for spec in specs],
@@ -499,11 +503,48 @@ class RolloutEngine(ABC):
             await self._workers("process_weights_after_loading")
 
     async def add_lora(self, peft_config: Any = None, *, lora_request: Any = None) -> bool:
-        """As vLLM's ``add_lora`` for a ``LoRARequest``; ROLL's ``peft_config`` form is not in this release."""
+        """Take the adapter that was sent with ``is_lora=True`` (ROLL's call), or as vLLM's ``add_lora``.
+
+        An adapter from tensors gets a new id and name each time, and takes the place of the one before; running
+        requests are aborted, their partial outputs delivered. :attr:`lora_request` is what ``generate`` wants then.
+
+        Args:
+            peft_config: PEFT's ``adapter_config`` as a mapping, with ``r``, ``lora_alpha`` and ``target_modules``;
+                or a ``LoRARequest`` of vLLM, for an adapter from a directory.
+            lora_request: vLLM's name for the latter.
+
+        Raises:
+            ConfigurationError: the engine was started without ``enable_lora=True``, or the adapter does not fit.
+        """
         request = peft_config if lora_request is None else lora_request
-        if request is None or isinstance(request, Mapping):
-            raise UnsupportedFeatureError(_LORA)
-        return await self._vllm.add_lora(self, request) is not False  # V0 says nothing, or raises
+        if not self._takes_lora():
+            raise ConfigurationError(
+                "this engine takes no LoRA adapters; start it with enable_lora=True (and max_lora_rank as needed)"
+            )
+        if request is not None and not isinstance(request, Mapping):
+            return await self._vllm.add_lora(self, request) is not False  # V0 says nothing, or raises
+        async with self._control, self._gate.closed():
+            await self._quiesce("abort")
+            number = self._lora + 1
+            await self._workers("add_lora", number, dict(request or {}))
+            self._lora = number
+        return True
+
+    @property
+    def lora_request(self) -> Any:
+        """The ``LoRARequest`` of the adapter that :meth:`add_lora` took from tensors last; None before that."""
+        from roll_vllm.worker.lora import request
+
+        return request(self._lora) if self._lora else None
+
+    def _takes_lora(self) -> bool:
+        return self.vllm_config.lora_config is not None
+
+    async def _receive_lora(self, method: str, *args: Any) -> None:
+        if not self._takes_lora():
+            raise ConfigurationError("is_lora=True: this engine takes no LoRA adapters; start it with enable_lora=True")
+        async with self._control:
+            await self._workers(method, *args, True)
 
     async def _receive(self, method: str, *args: Any) -> None:
         if self._session_open:
@@ -536,7 +577,7 @@ class RolloutEngine(ABC):
 
     async def _abandon_update(self, error: BaseException) -> None:
         self._implicit_open = False
-        if self.errored:  # type: ignore[attr-defined]
+        if self.errored:
             return
         written = any(await self._workers("abandon_update"))
         self._note(await self._workers("state"), **({"reason": str(error)} if written else {}))

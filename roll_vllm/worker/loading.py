@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -330,7 +332,7 @@ class WeightLoader:
                 yield name, tensor
 
         try:
-            with recorder:
+            with _lora_wrappers_hidden(self._model), recorder:
                 self._model.load_weights(stream())
         except WeightUpdateError:
             raise
@@ -392,6 +394,29 @@ class WeightLoader:
                 self._known_covered.add(known)
             else:
                 yield name
+
+
+@contextmanager
+def _lora_wrappers_hidden(model: torch.nn.Module) -> Iterator[None]:
+    """Give parameters the names they have without LoRA, by which vLLM's loaders look for them.
+
+    With ``enable_lora`` each layer that can be adapted sits as ``base_layer`` inside a wrapper.
+    """
+    changed = []
+    for module in model.modules():
+        if any("base_layer." in name for name, _ in module.named_parameters()):
+            vars(module)["named_parameters"] = partial(_named_without_wrappers, module.named_parameters)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del vars(module)["named_parameters"]
+
+
+def _named_without_wrappers(named_parameters: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+    for name, parameter in named_parameters(*args, **kwargs):
+        yield name.replace("base_layer.", ""), parameter
 
 
 def _some(names: Sequence[str]) -> str:

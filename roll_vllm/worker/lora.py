@@ -75,3 +75,11 @@ def registered() -> list[int]:
     """The ids, in ascending order."""
     with _lock:
         return sorted(_adapters)
+
+
+def request(lora_int_id: int) -> Any:
+    """vLLM's ``LoRARequest`` for a registered adapter: a name of its own, and a path that is never read."""
+    from vllm.lora.request import LoRARequest
+
+    name = f"roll_vllm-{lora_int_id}"
+    return LoRARequest(lora_name=name, lora_int_id=lora_int_id, lora_path=name)

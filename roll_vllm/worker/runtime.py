@@ -20,6 +20,7 @@ from roll_vllm.errors import (
 from roll_vllm.state import TAGS, WeightsStatus
 from roll_vllm.transfer import collective, shared_memory
 from roll_vllm.transfer.manifest import BucketManifest, specs_from
+from roll_vllm.worker import lora
 from roll_vllm.worker.checksums import model_checksums
 from roll_vllm.worker.loading import WeightLoader
 from roll_vllm.worker.memory import PoolMemory, SleepMemory, StorageMemory, out_of_memory_explained
@@ -52,6 +53,7 @@ class WorkerRuntime:
         self._groups: dict[str, CollectiveGroup] = {}
         self._segments: dict[str, torch.Tensor] = {}
         self._buckets: dict[bytes, list[tuple[str, torch.Tensor]]] = {}
+        self._adapter: dict[str, torch.Tensor] = {}
         self._status = initial
         _guard(worker, self._memory)
 
@@ -90,6 +92,10 @@ class WorkerRuntime:
     def sleep(self, level: int) -> dict[str, Any]:
         """Give memory back; see :mod:`roll_vllm.worker.memory`."""
         self._release_senders_memory()
+        if level == 2:
+            # vLLM's pool holds them with the weights.
+            self._adapter.clear()
+            self._forget_adapters()
         self._memory.sleep(level)
         if level == 2:
             self._status = WeightsStatus.DESTROYED
@@ -119,8 +125,8 @@ class WorkerRuntime:
         self._loader.begin()
         return self.state()
 
-    def receive_bucket(self, payloads: Sequence[bytes]) -> dict[str, Any]:
-        """Load the tensors of one shared-memory bucket; ``payloads`` has one entry a rank."""
+    def receive_bucket(self, payloads: Sequence[bytes], is_lora: bool = False) -> dict[str, Any]:
+        """Take the tensors of one shared-memory bucket; ``payloads`` has one entry a rank."""
         payload = payloads[int(self._worker.rank)]
         if not isinstance(payload, bytes):
             raise WeightUpdateError(f"a payload must be bytes, got {type(payload).__name__}; see BucketSender.payloads")
@@ -141,15 +147,17 @@ class WorkerRuntime:
                 (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
                 for p in manifest.placements
             ]
-        return self._load(self._buckets[payload])
+        return self._take(self._buckets[payload], is_lora)
 
     def _release_senders_memory(self) -> None:
         self._segments.clear()
         self._buckets.clear()
         self._loader.forget()
 
-    def receive_broadcast(self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str) -> Any:
-        """Receive tensors from rank 0 of a collective group, then load them."""
+    def receive_broadcast(
+        self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, is_lora: bool = False
+    ) -> Any:
+        """Receive tensors from rank 0 of a collective group, then take them."""
         if group not in self._groups:
             known = ", ".join(sorted(self._groups)) or "none"
             raise ConfigurationError(
@@ -162,7 +170,38 @@ class WorkerRuntime:
         except WeightUpdateError:
             self._groups.pop(group).close()
             raise
-        return self._load(pairs)
+        return self._take(pairs, is_lora)
+
+    def _take(self, pairs: list[tuple[str, torch.Tensor]], is_lora: bool) -> dict[str, Any]:
+        if not is_lora:
+            return self._load(pairs)
+        # Copies: the sender will use its memory again.
+        self._adapter.update({name: tensor.to("cpu", copy=True) for name, tensor in pairs})
+        return self.state()
+
+    def add_lora(self, number: int, config: dict[str, Any]) -> None:
+        """Make an adapter of the tensors that were kept, and let vLLM load it in place of the one before.
+
+        Raises:
+            ConfigurationError: no tensors were sent, or vLLM refuses the adapter.
+        """
+        tensors, self._adapter = self._adapter, {}
+        lora.register(number, config, tensors)
+        try:
+            self._worker.add_lora(lora.request(number))
+        except Exception as error:
+            lora.forget(number)
+            raise ConfigurationError(
+                f"vLLM refuses the LoRA adapter: {error}. Check the adapter_config, the tensors' names and shapes, and "
+                "the engine's max_lora_rank; then send the tensors again"
+            ) from error
+        self._forget_adapters(older_than=number)
+
+    def _forget_adapters(self, older_than: int | None = None) -> None:
+        for number in lora.registered():
+            if older_than is None or number < older_than:
+                lora.forget(number)
+                self._worker.remove_lora(number)
 
     def _load(self, pairs: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
         # A tied head may trail behind the tensor that completed the set; it starts no new one.
@@ -210,6 +249,7 @@ class WorkerRuntime:
         if "weights" in self._memory.sleeping:
             raise EngineAsleepError("the weights are asleep; wake and update them before processing them")
         from vllm.config import set_current_vllm_config
+
         worker = self._worker
         default = torch.get_default_dtype()
         torch.set_default_dtype(worker.model_config.dtype)

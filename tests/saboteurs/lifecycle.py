@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.saboteurs.base import saboteur
-from tests.saboteurs.worker import UNWATCHED
+from tests.saboteurs.worker import UNPATCHED, UNWATCHED
 
 
 @saboteur("env-expandable-segments", "env-isolated-and-restored", "cache-isolated-or-safe", starts_engine=True)
@@ -55,6 +55,14 @@ def answers_in_order_of_arrival(engine: Any) -> Iterator[None]:
 def leaves_children_behind(engine: Any) -> Iterator[None]:
     """No process watches its parent, and each worker leaves a process of its own behind."""
     with patch.dict(os.environ, {UNWATCHED: "1"}):
+        yield
+
+
+@saboteur("vd-signatures-probed", starts_engine=True)
+@contextmanager
+def loses_its_patches(engine: Any) -> Iterator[None]:
+    """The workers run without the runtime's patches, and without a record of them."""
+    with patch.dict(os.environ, {UNPATCHED: "1"}):
         yield
 
 

@@ -29,6 +29,20 @@ def keeps_the_prefix_cache(engine: Any) -> Iterator[None]:
         yield
 
 
+@saboteur("wu-cache-reset-not-ignored")
+@contextmanager
+def calls_every_reset_a_success(engine: Any) -> Iterator[None]:
+    """A prefix cache that is in use is said to be empty, as by vLLM before 0.12.0."""
+    reset = engine.engine._reset_prefix_cache
+
+    async def done() -> bool:
+        await reset()
+        return True
+
+    with patch.object(engine.engine, "_reset_prefix_cache", done):
+        yield
+
+
 @saboteur("wu-versioned-and-fail-closed")
 @contextmanager
 def never_counts(engine: Any) -> Iterator[None]:

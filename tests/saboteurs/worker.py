@@ -12,12 +12,17 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
+from roll_vllm.patches import process
 from roll_vllm.worker.extension import RollVllmWorkerExtension
 
 QUALNAME = f"{__name__}.SabotagedExtension"
 
 #: Set for a whole engine, parents and children: no process watches its parent.
 UNWATCHED = "ROLL_VLLM_SABOTAGE_UNWATCHED"
+
+
+#: Set for a whole engine: its workers take the runtime's patches back.
+UNPATCHED = "ROLL_VLLM_SABOTAGE_UNPATCHED"
 
 
 class SabotagedExtension(RollVllmWorkerExtension):
@@ -28,6 +33,8 @@ class SabotagedExtension(RollVllmWorkerExtension):
             super().roll_vllm_init(initial, frontend)
         if UNWATCHED in os.environ:
             _leave_a_child_behind()
+        if UNPATCHED in os.environ:
+            process.undo_here()
 
     def roll_vllm_sabotage(self, name: str) -> None:
         runtime = vars(self)["roll_vllm_runtime"]
