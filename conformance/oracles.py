@@ -78,6 +78,25 @@ async def assert_parity(
     )
 
 
+async def completed(engine: EngineHandle, prompt: list[int], **sampling: Any) -> tuple[Any, int]:
+    """The last output for a prompt, and how many of the prompt's tokens came from the prefix cache.
+
+    Nothing else may run on the engine meanwhile.
+    """
+    before = _cached_blocks(engine)
+    output = await engine.complete(prompt, **sampling)
+    if output.num_cached_tokens is not None:
+        return output, output.num_cached_tokens
+    return output, (_cached_blocks(engine) - before) * engine.vllm_config.cache_config.block_size
+
+
+def _cached_blocks(engine: EngineHandle) -> int:
+    # The V1 engine of 0.8.4 tells its statistics only.
+    loggers = [logger for replica in getattr(engine, "stat_loggers", None) or () for logger in replica]
+    counters = [getattr(logger, "counter_gpu_prefix_cache_hits", None) for logger in loggers]
+    return sum(int(counter._value.get()) for counter in counters if counter is not None)
+
+
 def tags_after(sleeping: set[str], call: str, device_kind: str) -> set[str]:
     """Which tags sleep after a call, given those that slept before.
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from conformance.oracles import assert_holds, assert_parity, pids, resident_bytes, tags_after, wait_until
+from conformance.oracles import assert_holds, assert_parity, completed, pids, resident_bytes, tags_after, wait_until
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle
 from pytest_roll_vllm.trainer import Trainer
@@ -34,8 +34,8 @@ async def test_level_1_changes_nothing(
         assert await vllm_engine.is_sleeping()
         await vllm_engine.load_states()
         assert await vllm_engine.checksums() == sums
-        first = await vllm_engine.complete(long_prompt, temperature=0.0, max_tokens=2)
-        assert first.num_cached_tokens == 0, "the KV cache was given back, but its prefix cache still answers"
+        _, cached = await completed(vllm_engine, long_prompt, temperature=0.0, max_tokens=2)
+        assert cached == 0, "the KV cache was given back, but its prefix cache still answers"
         assert await vllm_engine.greedy([*prompts, long_prompt], 12) == said
     await assert_parity(vllm_engine, continuous_trainer, version, prompts[:4])
 
