@@ -21,6 +21,7 @@ from conformance.oracles import pids, processes_below, still_running, wait_until
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle, EnginePool
 from pytest_roll_vllm.models import Model
+from pytest_roll_vllm.options import Settings
 from pytest_roll_vllm.report import note
 from pytest_roll_vllm.trainer import Trainer
 from roll_vllm import BucketSender, WeightsNotReadyError, WeightsStatus, WeightUpdateError, environment, versions
@@ -69,11 +70,14 @@ def parent_script(
     parent_scripts: list[subprocess.Popen[str]],
     vllm_engine_args: dict[str, Any],
     vllm_cache_dir: Path,
+    vllm_settings: Settings,
     pytestconfig: pytest.Config,
 ) -> subprocess.Popen[str]:
     """A user's script (``conformance.parent``) that starts an engine the way users do; it may still be starting."""
     if not parent_scripts:
-        arguments = {**vllm_engine_args, "tensor_parallel_size": 1, "worker_name": "main"}
+        # The only rank of a V0 engine is the script itself, which would leave nobody behind.
+        ranks = 2 if vllm_settings.engine == "V0" else 1
+        arguments = {**vllm_engine_args, "tensor_parallel_size": ranks, "worker_name": "main"}
         environ = {
             **os.environ,
             "VLLM_CACHE_ROOT": str(vllm_cache_dir),
@@ -253,7 +257,8 @@ def test_killed_parent_leaves_nothing(parent_script: subprocess.Popen[str]) -> N
     line = next((line for line in parent_script.stdout if line.startswith("{")), "")
     assert line, "the script ended before its engine was up; what it wrote to stderr is above"
     family = processes_below(parent_script.pid)
-    assert set(json.loads(line)["workers"]) <= {process.pid for process in family}
+    assert family, "the engine has no process that could be left behind"
+    assert set(json.loads(line)["workers"]) <= {parent_script.pid, *(process.pid for process in family)}
     os.kill(parent_script.pid, signal.SIGKILL)
     parent_script.wait()
     wait_until(lambda: not still_running(family), 10)
@@ -268,7 +273,7 @@ def test_killed_parent_leaves_nothing(parent_script: subprocess.Popen[str]) -> N
 def test_shutdown_leaves_nothing(fresh_engine: FreshEngine, vllm_engine_pool: EnginePool) -> None:
     engine = fresh_engine.handle
     workers = engine.run(pids(engine))
-    assert set(workers) <= {process.pid for process in fresh_engine.processes}
+    assert set(workers) <= {os.getpid(), *(process.pid for process in fresh_engine.processes)}
     vllm_engine_pool.keep["fresh"].clear()
     vllm_engine_pool.end(engine)
     wait_until(lambda: not still_running(fresh_engine.processes), 10)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.oracles import assert_holds, assert_parity, assert_says, completed
+from conformance.oracles import TRANSPORTS, assert_holds, assert_parity, assert_says, completed
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle
 from pytest_roll_vllm.models import Model
@@ -17,8 +17,6 @@ from roll_vllm import BucketSender, WeightsNotReadyError, WeightsStatus, WeightU
 
 if TYPE_CHECKING:
     import torch
-
-TRANSPORTS = ("bucket", "collective")
 
 
 @contract(

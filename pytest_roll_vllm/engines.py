@@ -165,7 +165,9 @@ class EngineHandle:
             prompt = {"prompt_token_ids": prompt}
         params = SamplingParams(**{"ignore_eos": True, **sampling})
         # Closing this generator must reach the engine at once, not when the inner one is collected.
-        named = {"request_id": request_id or uuid.uuid4().hex, "lora_request": lora_request}
+        named = {"request_id": request_id or uuid.uuid4().hex}
+        if lora_request is not None:
+            named["lora_request"] = lora_request
         async with aclosing(self.generate(prompt, params, **named)) as outputs:
             async for output in outputs:
                 yield output
@@ -221,7 +223,7 @@ class EnginePool:
     """Engines by configuration, started when first asked for, closed when there are too many.
 
     Attributes:
-        limit: the most engines alive at once.
+        limit: the most shared engines alive at once; with 0 none stays alive beside another engine.
         starts: seconds that each start took, the pool's and those of :meth:`start`, in order.
         keep: what tests share for as long as the pool lives, under names of their own.
     """
@@ -239,7 +241,7 @@ class EnginePool:
             handle.close()
             handle = None
         if handle is None:
-            while len(self._shared) >= self.limit:
+            while self._shared and len(self._shared) >= self.limit:
                 self._shared.pop(next(iter(self._shared))).close()
             handle = self.start(create)
             self._owned.remove(handle)
@@ -248,6 +250,8 @@ class EnginePool:
 
     def start(self, create: Callable[[], Coroutine[Any, Any, Any]]) -> EngineHandle:
         """A new engine that belongs to the caller; the pool closes it at the latest in :meth:`close`."""
+        while self._shared and not self.limit:
+            self._shared.popitem()[1].close()
         begun = time.monotonic()
         handle = EngineHandle.start(create)
         self.starts.append(round(time.monotonic() - begun, 2))

@@ -128,7 +128,9 @@ def vllm_engine_args(vllm_model: Model, vllm_device: Device) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine_pool(pytestconfig: pytest.Config, vllm_device: Device) -> Iterator[EnginePool]:
+def vllm_engine_pool(
+    pytestconfig: pytest.Config, vllm_settings: Settings, vllm_device: Device
+) -> Iterator[EnginePool]:
     """The engines of the session."""
     from pytest_roll_vllm.engines import EnginePool
 
@@ -136,8 +138,10 @@ def vllm_engine_pool(pytestconfig: pytest.Config, vllm_device: Device) -> Iterat
     if given is not None:
         yield given
         return
-    # Two engines fit beside each other in host memory; a device is taken whole.
-    pool = EnginePool(limit=2 if vllm_device.kind == "cpu" else 1)
+    # Two engines fit beside each other in host memory; a device is taken whole. V0 engines live in this process,
+    # where all must have the same number of ranks.
+    in_process = vllm_settings.engine == "V0"
+    pool = EnginePool(limit=0 if in_process else 2 if vllm_device.kind == "cpu" else 1)
     try:
         yield pool
     finally:

@@ -37,6 +37,13 @@ def vllm_backend(kind: str, *, count: int = 1) -> tuple[str, int]:
     return kind, count
 
 
+def vllm_generation(engine: str) -> str:
+    """Check a call of the marker, and return its argument."""
+    if engine not in ("V0", "V1"):
+        raise ValueError(f"the engine generation is {engine!r}, and must be 'V0' or 'V1'")
+    return engine
+
+
 def vllm_engine_key(key: object) -> str:
     """Check a call of the marker, and return its argument as text."""
     return repr(key)
@@ -45,6 +52,7 @@ def vllm_engine_key(key: object) -> str:
 _SIGNATURES: dict[str, Callable[..., Any]] = {
     "vllm_version": vllm_version,
     "vllm_backend": vllm_backend,
+    "vllm_generation": vllm_generation,
     "vllm_contract": Contract,
     "vllm_engine_key": vllm_engine_key,
 }
@@ -52,6 +60,7 @@ _USAGE = {
     "vllm_version": "vllm_version(specifier): run only with vLLM versions in the PEP 440 specifier",
     "vllm_backend": "vllm_backend(kind, *, count=1): run only on devices of this kind, at least so many; "
     "several kinds are alternatives",
+    "vllm_generation": "vllm_generation(engine): run only on engines of this generation, 'V0' or 'V1'",
     "vllm_contract": "vllm_contract(id, sentence, *, versions, backends, references): "
     "the test proves a contract; set it with pytest_roll_vllm.contracts.contract",
     "vllm_engine_key": "vllm_engine_key(key): run next to the tests with the same key, "
@@ -93,6 +102,7 @@ def apply(items: Iterable[pytest.Item]) -> None:
     declared: dict[str, tuple[Contract, str]] = {}
     for item in filter(uses_plugin, items):
         calls(item, "vllm_backend")
+        calls(item, "vllm_generation")
         specifiers = calls(item, "vllm_version")
         # The closest one counts, so that a test in a class can have a contract of its own.
         for contract in calls(item, "vllm_contract")[:1]:
@@ -113,7 +123,7 @@ def apply(items: Iterable[pytest.Item]) -> None:
 
 def skip_unless_applicable(item: pytest.Item, settings: Settings) -> None:
     """Skip a test that is not meant for this version or backend, and record why."""
-    reason = _wrong_version(item, settings) or _wrong_backend(item, settings)
+    reason = _wrong_version(item, settings) or _wrong_backend(item, settings) or _wrong_generation(item, settings)
     if reason:
         item.user_properties.append((NOT_APPLICABLE, reason))
         pytest.skip(f"not applicable: {reason}")
@@ -191,3 +201,11 @@ def _wrong_backend(item: pytest.Item, settings: Settings) -> str:
     if needed and needed.get(device.kind, device.count + 1) > device.count:
         return f"needs {' or '.join(f'{count} {kind}' for kind, count in needed.items())}, {found}"
     return ""
+
+
+def _wrong_generation(item: pytest.Item, settings: Settings) -> str:
+    wanted = calls(item, "vllm_generation")
+    found = settings.engine if wanted else None
+    if found is None or all(one == found for one in wanted):  # none without a vLLM, which other checks notice
+        return ""
+    return f"needs a {' and '.join(wanted)} engine, found {found}"

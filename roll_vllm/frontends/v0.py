@@ -22,10 +22,13 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
 
     generation = "V0"
     _vllm: ClassVar[Any] = AsyncLLMEngine
+    #: The engines of this process, which share vLLM's parallel state.
+    _alive: ClassVar[set[int]] = set()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         AsyncLLMEngine.__init__(self, *args, **kwargs)
         self.vllm_config = kwargs["vllm_config"]
+        RolloutEngineV0._alive.add(id(self))
         self._stepping = asyncio.Lock()
         self._consumers: dict[str, asyncio.Task[Any] | None] = {}
         self._aborted: dict[str, Any] = {}
@@ -52,6 +55,10 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
         try:
             async for output in AsyncLLMEngine.generate(self, *args, **kwargs):
                 yield output
+            # vLLM keeps the children of n > 1 for ever.
+            parents = self.engine.seq_id_to_seq_group
+            for child in [name for name, parent in parents.items() if parent.group_id == request_id]:
+                del parents[child]
         except asyncio.CancelledError:
             final = self._aborted.get(request_id)
             if final is None:
@@ -127,9 +134,23 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
             await asyncio.sleep(_POLL_S)
 
     async def _reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        # What was aborted leaves with the next step, if one is to come.
+        while (
+            self.is_running
+            and self.engine.has_unfinished_requests()
+            and not self._request_tracker._aborted_requests.empty()
+        ):
+            await asyncio.sleep(_POLL_S)
         async with self._stepping:
             return self.engine.reset_prefix_cache(*args, **kwargs) is not False
 
     def _stop(self) -> None:
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
         self.shutdown_background_loop()
         self.engine.model_executor.shutdown()
+        RolloutEngineV0._alive.discard(id(self))
+        if not RolloutEngineV0._alive:
+            # The next engine may have another number of ranks.
+            destroy_model_parallel()
+            destroy_distributed_environment()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from roll_vllm import backends
-from roll_vllm.errors import ConfigurationError
+from roll_vllm.errors import ConfigurationError, UnsupportedFeatureError
 from roll_vllm.transfer.bucket import BucketSender, NamedTensors, items_of
 from roll_vllm.transfer.collective import CollectiveSender
 
@@ -25,6 +25,7 @@ class Receiver(Protocol):
     """The part of the rollout engine that takes weights."""
 
     vllm_config: Any
+    generation: str
 
     def update_parameter_in_bucket(self, serialized_named_tensors: Sequence[bytes]) -> Awaitable[None]:
         """Load one bucket."""
@@ -92,6 +93,11 @@ async def sender_for(engine: Receiver, transport: str, senders: dict[str, Sender
 
 async def _local_group(engine: Receiver) -> CollectiveSender:
     """A group of this process and the engine's workers, over loopback."""
+    if engine.generation == "V0":
+        raise UnsupportedFeatureError(
+            "the collective transport needs a trainer in another process: rank 0 of a V0 engine lives in this one, and "
+            "torch keeps one process group of a name in a process; use transport='bucket' here"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

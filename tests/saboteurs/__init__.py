@@ -4,7 +4,7 @@ A saboteur names the contracts that must fail on it; ``tests/proof`` runs exactl
 saboteur breaks is the real thing: the runtime's own functions, in this process or inside the worker.
 """
 
-from tests.saboteurs import generation, lifecycle, sleep, weights
+from tests.saboteurs import adapters, generation, lifecycle, sleep, weights
 from tests.saboteurs.base import SABOTEURS, Saboteur
 
-__all__ = ["SABOTEURS", "Saboteur", "generation", "lifecycle", "sleep", "weights"]
+__all__ = ["SABOTEURS", "Saboteur", "adapters", "generation", "lifecycle", "sleep", "weights"]

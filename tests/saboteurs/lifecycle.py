@@ -43,7 +43,7 @@ def answers_in_order_of_arrival(engine: Any) -> Iterator[None]:
     from roll_vllm.engine import RolloutEngine
 
     async def careless(self: Any, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
-        results = await self.engine_core.collective_rpc_async(method, None, args, kwargs)
+        results = await self._call_workers(method, args, kwargs)
         return [result for result in reversed(results) if "error" not in result]
 
     with patch.object(RolloutEngine, "collective_rpc", careless):

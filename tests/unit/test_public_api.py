@@ -168,8 +168,11 @@ def arguments(function: ast.AsyncFunctionDef) -> list[str]:
     return [argument.arg for argument in (*function.args.args[1:], *function.args.kwonlyargs)]
 
 
-def test_the_engine_is_an_async_llm() -> None:
-    assert [ast.unparse(base) for base in engine_class().bases] == ["AsyncLLM"]
+@pytest.mark.parametrize(("generation", "engine"), [("v1", "AsyncLLM"), ("v0", "AsyncLLMEngine")])
+def test_the_engine_is_vllm_s(generation: str, engine: str) -> None:
+    tree = ast.parse((ROOT / "frontends" / f"{generation}.py").read_text(encoding="utf-8"))
+    (frontend,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert [ast.unparse(base) for base in frontend.bases] == ["RolloutEngine", engine]
 
 
 @pytest.mark.parametrize("name", [*ROLL_CALLS, *OUR_CALLS, *VLLM_CALLS])
