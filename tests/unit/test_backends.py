@@ -6,6 +6,7 @@ That the answers agree with the released sources of vLLM and vllm-ascend is test
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from roll_vllm import backends, devices, reference, versions
 from roll_vllm.backends import BACKENDS, VERIFIED, Backend
 from roll_vllm.errors import ConfigurationError
 
+ROOT = Path(__file__).parents[2]
 RELEASES = [row.release for row in versions.TESTED]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=str)
@@ -244,11 +246,47 @@ def test_only_what_passed_on_hardware_is_called_verified() -> None:
     }
 
 
+def tables() -> list[list[dict[str, str]]]:
+    """Return the tables of docs/backends.md, each row by column."""
+    found: list[list[dict[str, str]]] = []
+    for block in re.findall(r"(?:^\|.*\n)+", (ROOT / "docs/backends.md").read_text(encoding="utf-8"), re.MULTILINE):
+        header, _, *rows = (
+            [cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in block.splitlines()
+        )
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+def test_the_page_says_what_the_backends_say() -> None:
+    backends_table, verified, engines, _ = tables()
+    assert [row["backend"] for row in backends_table] == [*BACKENDS]
+    for row in backends_table:
+        backend = BACKENDS[row["backend"]]
+        assert (row["Ray counts"], row["groups talk by"]) == (backend.ray_resource, backend.communication)
+        assert row["evidence"] in (backend.evidence, "see below")
+        for group in backend.visibility:
+            assert all(name in row["visible devices"] for name in group)
+    assert [row["vLLM"] for row in verified] == RELEASES
+    for row, known in zip(verified, versions.TESTED, strict=True):
+        assert {name: row[name] for name in BACKENDS} == {n: b.verified(known.release) for n, b in BACKENDS.items()}
+        assert row["vllm-ascend"] == (known.ascend or "none")
+    for row in engines:
+        for release in RELEASES[2:] if "newer" in row["vLLM"] else [row["vLLM"]]:
+            for name, backend in BACKENDS.items():
+                if row[name] == "no build is known":
+                    known_row = versions.resolve(release)
+                    assert known_row
+                    assert known_row.native is None
+                    continue
+                started = backend.default_engine(release)
+                said = [f"**{one}**" if one == started else one for one in backend.engines(release)]
+                assert row[name] == ", ".join(said)
+
+
 def test_backends_are_light() -> None:
     program = (
         "import sys; import roll_vllm.backends; "
         "print(sorted({'torch', 'vllm', 'ray', 'numpy', 'transformers', 'pytest'} & set(sys.modules)))"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
