@@ -166,6 +166,13 @@ def _row(
     )
 
 
+_IN_PROCESS = Gap(
+    "env-isolated-and-restored",
+    reason="rank 0 of a V0 engine lives in the caller's process, and goes on reading its variables",
+    reference="vllm/executor/uniproc_executor.py and mp_distributed_executor.py: driver_worker",
+    engines=("V0",),
+)
+
 TESTED: tuple[VersionRow, ...] = (
     _row(
         "0.8.4",
@@ -177,6 +184,16 @@ TESTED: tuple[VersionRow, ...] = (
         # triton 3.2 imports setuptools, which nothing asks for before Python 3.12; LoRA uses what cachetools 6 lost.
         others=("numpy<2.3", "setuptools>=74.1.1,<80", "cachetools<6"),
         ascend="0.8.4rc2",
+        gaps=(
+            _IN_PROCESS,
+            Gap(
+                "lora-survives-sleep",
+                reason="on the CPU, decoding without an adapter (index -1) takes the last one that was there",
+                reference="vllm/lora/ops/torch_ops/lora_ops.py: lora_b_weights[lora_indices_tensor]",
+                engines=("V0",),
+                backends=("cpu", "cpu-reference"),
+            ),
+        ),
     ),
     _row(
         "0.10.2",
@@ -186,6 +203,7 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.9,<3.14",
         engines=("V0", "V1"),
         ascend="0.10.2rc1",
+        gaps=(_IN_PROCESS,),
     ),
     _row(
         "0.11.0",
