@@ -6,9 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def write_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write_cache(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
     """Store the keys and values of new tokens.
 
     Args:

@@ -14,6 +14,7 @@ from torch.nn.functional import gelu, silu
 
 _SCHEMA = "(Tensor! out, Tensor input) -> ()"
 
+
 def _gated(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """The first half of the last dimension, activated, times the second half."""
 
