@@ -7,14 +7,15 @@ plugin installed without using it notices nothing.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,19 +24,43 @@ from roll_vllm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from roll_vllm.devices import Device
-    from roll_vllm.versions import Installed
+    from roll_vllm.versions import Installed, VersionRow
 
 SUITE = "conformance"
+RUN = "vllm_run"
+"""Where an xdist worker finds the arguments of :meth:`Settings.of_worker`."""
+
+DISTRIBUTION = "roll-vllm-distribution"
+"""Name of the plugin that runs several versions, where there is one."""
+
+WORKER_ENVIRON = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Set where the plugin runs several versions, unless the user has set them."""
+
 DEFAULT = "default"
 
-_DIRECTORIES = ("report", "cache_dir")
+ALL = "all"
+
+_CHOICES = ("auto", *BACKENDS, "cpu-reference")
+_DIRECTORIES = ("report", "cache_dir", "envs_dir")
 _HELP = {
-    "version": ("X", "vLLM version that must be installed, such as 0.12.0 (default: the installed one)"),
-    "backend": ("KIND", f"kind of device to test on: auto, {', '.join(BACKENDS)} (default: auto)"),
+    "version": (
+        "X",
+        "vLLM version to test, such as 0.12.0; may be given several times, or as 'all' (default: the installed one)",
+    ),
+    "backend": ("KIND", f"what to test on: {', '.join(_CHOICES)} (default: auto)"),
     "model": ("NAME_OR_PATH", "model to test with (default: counting)"),
     "report": ("DIR", "directory to write report.json to (default: no report)"),
     "cache_dir": ("DIR", "directory for models and compiled code (default: pytest-roll-vllm in XDG cache)"),
+    "provision": ("", "make an environment for each version that is asked for and not installed"),
+    "envs_dir": ("DIR", "directory for such environments (default: pytest-roll-vllm/envs in XDG cache)"),
 }
+_YES = ("true", "1", "yes", "on")
+_NO = ("", "false", "0", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -59,11 +84,15 @@ class Settings:
     """All settings of a run, and what was found on the machine, looked up when first asked for.
 
     Attributes:
-        version: The vLLM version that must be installed; empty if any will do.
-        backend: ``auto`` or the kind of device to test on.
+        version: The vLLM versions to test, separated by spaces; empty if the installed one will do.
+        backend: ``auto``, a kind of device to test on, or ``cpu-reference``.
         model: Name or path of the model.
         report: Directory of ``report.json`` as an absolute path; empty if no report is wanted.
         cache_dir: Directory of the caches as an absolute path.
+        provision: Whether to make an environment for a version that is not installed, as text.
+        envs_dir: Directory of these environments as an absolute path.
+        label: The name of this process's version and backend, in a worker of a run with environments.
+        several: Whether that run has several of them.
     """
 
     version: Setting
@@ -71,6 +100,10 @@ class Settings:
     model: Setting
     report: Setting
     cache_dir: Setting
+    provision: Setting
+    envs_dir: Setting
+    label: str = ""
+    several: bool = False
 
     @property
     def given(self) -> bool:
@@ -97,13 +130,105 @@ class Settings:
         """
         from roll_vllm import devices
 
-        with _usage_error(f"backend {self.backend}"):
+        with usage_error(f"backend {self.backend}"):
             return devices.detect(self.backend.value)
+
+    @cached_property
+    def engine(self) -> str | None:
+        """The engine generation that will be started, ``V0`` or ``V1``, or ``None`` without a vLLM.
+
+        Raises:
+            pytest.UsageError: If the environment asks for one that the installed vLLM does not have.
+        """
+        from roll_vllm import environment
+
+        if self.installed is None:
+            return None
+        with usage_error("engine"):
+            return environment.engine_generation(self.installed.version, self.device.backend, os.environ)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions to test, in the order given and each once; ``all`` stands for the tested ones.
+
+        Raises:
+            pytest.UsageError: If there are several, and one is malformed or not among the tested ones.
+        """
+        from roll_vllm import versions
+
+        wanted = re.split(r"[\s,]+", self.version.value.strip(" ,"))
+        if wanted == [ALL]:
+            return tuple(row.release for row in versions.TESTED)
+        if len(wanted) == 1:
+            return (wanted[0],) if wanted[0] else ()
+        if ALL in wanted:
+            raise pytest.UsageError(f"vLLM versions {self.version}: give either {ALL!r} or single versions")
+        return tuple(dict.fromkeys(self.row(one).release for one in wanted))  # 0.12.0.post2 is 0.12.0
+
+    def row(self, version: str) -> VersionRow:
+        """Return the tested release of a wanted version.
+
+        Raises:
+            pytest.UsageError: If there is none.
+        """
+        from roll_vllm import versions
+
+        with usage_error(f"vLLM version from {self.version.source}"):
+            row = versions.resolve(version)
+        if row is None:
+            tested = ", ".join(row.release for row in versions.TESTED)
+            raise pytest.UsageError(
+                f"vLLM {version} (from {self.version.source}) is not among the tested versions, so nobody knows how "
+                f"to make an environment for it. Choose from {tested}, or install it and give it alone."
+            )
+        return row
+
+    @property
+    def provisions(self) -> bool:
+        """Whether this run makes environments, each with a process of its own.
+
+        Raises:
+            pytest.UsageError: If a setting is malformed.
+        """
+        if self.provision.value.lower() not in _YES + _NO:
+            raise pytest.UsageError(f"{_option('provision')} is {self.provision}; choose true or false")
+        wanted = self.versions
+        return self.provision.value.lower() in _YES and (
+            len(wanted) > 1 or (len(wanted) == 1 and not self._is_installed(wanted[0]))
+        )
 
     @property
     def report_dir(self) -> Path | None:
         """Directory of ``report.json``, or ``None`` if no report is wanted."""
         return Path(self.report.value) if self.report.value else None
+
+    def of_worker(self, *, label: str, several: bool, version: str | None, backend: str | None) -> Settings:
+        """Return the settings of an xdist worker that tests one of the versions.
+
+        Args:
+            label: Its name.
+            several: Whether there are others.
+            version: The version of its environment, or ``None`` if the user started it (``--tx``): then it tests
+                what it finds.
+            backend: The backend of its environment, or ``None`` likewise.
+        """
+        if version is None:
+            found = self.installed
+            version = next((one for one in self.versions if self._is_installed(one)), None)
+            if version is None:
+                here = f"{found.distribution} {found.version}" if found else "no vLLM"
+                raise pytest.UsageError(
+                    f"{label}: {here} is installed there, and {', '.join(self.versions)} are wanted "
+                    f"({self.version.source}). Install one of them there, or take the node away."
+                )
+        return replace(
+            self,
+            version=replace(self.version, value=version),
+            backend=replace(self.backend, value=backend) if backend else self.backend,
+            provision=Setting(_NO[1], self.provision.source),
+            label=label,
+            several=several,
+        )
 
     def make_cache_dir(self, part: str = "") -> Path:
         """Make the cache directory, or a directory in it, and return its path.
@@ -113,38 +238,60 @@ class Settings:
         """
         return _make_directory("cache_dir", self.cache_dir, part)
 
+    def make_envs_dir(self) -> Path:
+        """Make the directory of environments, and return its path.
+
+        Raises:
+            pytest.UsageError: If it cannot be written.
+        """
+        return _make_directory("envs_dir", self.envs_dir)
+
     def check(self) -> None:
         """Check the settings that the user gave.
 
         Raises:
             pytest.UsageError: If one cannot work; the message says how to put it right.
         """
-        if self.version.given:
-            self._check_version()
-        if self.backend.value not in ("auto", *BACKENDS):
-            raise pytest.UsageError(f"unknown backend {self.backend}; choose one of: auto, {', '.join(BACKENDS)}")
-        if self.backend.value != "auto":
-            _ = self.device  # raises if there is none of this kind
+        if self.backend.value not in _CHOICES:
+            raise pytest.UsageError(f"unknown backend {self.backend}; choose one of: {', '.join(_CHOICES)}")
+        if not self.provisions:
+            if self.version.given:
+                self._check_version()
+            if self.backend.value != "auto":
+                _ = self.device  # raises if there is none of this kind
         for name in _DIRECTORIES:
             setting = getattr(self, name)
             if setting.given:
                 _make_directory(name, setting)
 
+    def _is_installed(self, version: str) -> bool:
+        from roll_vllm import versions
+
+        with usage_error(f"vLLM version from {self.version.source}"):
+            release = versions.base(version)
+        return self.installed is not None and versions.base(self.installed.version) == release
+
     def _check_version(self) -> None:
         from roll_vllm import versions
 
-        wanted, source = self.version.value, self.version.source
-        with _usage_error(f"vLLM version from {source}"):
-            row = versions.resolve(wanted)
-        found = self.installed
-        if found and versions.same_release(found.version, wanted):
+        source = self.version.source
+        if len(self.versions) > 1:
+            raise pytest.UsageError(
+                f"several vLLM versions are wanted ({self.version}), and one environment holds one. Either let "
+                f"the plugin make an environment for each: add {_option('provision')}. Or make them yourself, and "
+                f"run pytest in each: `tox run -e {','.join(f'vllm{one}-cpu' for one in self.versions)}`."
+            )
+        (wanted,) = self.versions
+        if self._is_installed(wanted):
             return
+        row = versions.resolve(wanted)
+        found = self.installed
         what = f"{found.distribution} {found.version} is installed" if found else "no vLLM is installed"
-        tox = f", or run the tox environment `vllm{row.release}-cpu`" if row else ""
+        made = f", add {_option('provision')}, or run the tox environment `vllm{row.release}-cpu`" if row else ""
         fix = f"change it to {versions.base(found.version)} or drop it" if found else "drop it"
         raise pytest.UsageError(
             f"vLLM {wanted} is wanted (from {source}), but {what}. Either install the one wanted: "
-            f"`pip install vllm=={row.release if row else wanted}`{tox}. "
+            f"`pip install vllm=={row.release if row else wanted}`{made}. "
             f"Or, to test what is there, {fix}."
         )
 
@@ -169,13 +316,41 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("vllm", "vLLM rollout engines")
     for name, (metavar, text) in _HELP.items():
         help = f"{text}; environment: {_variable(name)}"
-        group.addoption(_option(name), dest=f"vllm_{name}", metavar=metavar, help=help)
+        how: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_const", "const": _YES[0]}
+        if name == "version":
+            how["action"] = "append"
+        group.addoption(_option(name), dest=f"vllm_{name}", help=help, **how)
         parser.addini(f"vllm_{name}", f"as {_option(name)}")
 
 
 def read(config: pytest.Config) -> Settings:
     """Read the settings, without checking them."""
-    return Settings(**{name: _read(config, name) for name in _HELP})
+    values: dict[str, Any] = {name: _read(config, name) for name in _HELP}
+    settings = Settings(**values)
+    run: dict[str, Any] | None = getattr(config, "workerinput", {}).get(RUN)
+    return settings.of_worker(**run) if run else settings
+
+
+def apply(config: pytest.Config, settings: Settings) -> None:
+    """Set the variables that follow from the settings, until the end of the run."""
+    environ: dict[str, str | None] = {}
+    if settings.label:
+        environ.update({name: value for name, value in WORKER_ENVIRON.items() if name not in os.environ})
+    if settings.backend.value == "cpu-reference" or (settings.label and settings.backend.value == "cpu"):
+        from roll_vllm import reference
+
+        # The session may have asked for the platform, and this worker have a build that needs none.
+        environ[reference.VARIABLE] = "1" if settings.backend.value == "cpu-reference" else None
+    for name, value in environ.items():
+        config.add_cleanup(partial(_set, name, os.environ.get(name)))
+        _set(name, value)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def check_suite(config: pytest.Config) -> None:
@@ -207,8 +382,9 @@ def _variable(name: str) -> str:
 
 def _read(config: pytest.Config, name: str) -> Setting:
     here = config.invocation_params.dir
+    option: str | list[str] | None = config.getoption(f"vllm_{name}")
     candidates: tuple[tuple[str | None, str, Path], ...] = (
-        (config.getoption(f"vllm_{name}"), _option(name), here),
+        (" ".join(option) if isinstance(option, list) else option, _option(name), here),
         (os.environ.get(_variable(name)), _variable(name), here),
         (config.getini(f"vllm_{name}"), f"ini option vllm_{name}", config.rootpath),
         (_default(name), DEFAULT, here),
@@ -221,9 +397,10 @@ def _read(config: pytest.Config, name: str) -> Setting:
 
 
 def _default(name: str) -> str:
-    if name == "cache_dir":
-        return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pytest-roll-vllm"))
-    return {"backend": "auto", "model": "counting"}.get(name, "")
+    if name in ("cache_dir", "envs_dir"):
+        part = "envs" if name == "envs_dir" else ""
+        return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pytest-roll-vllm", part))
+    return {"backend": "auto", "model": "counting", "provision": "false"}.get(name, "")
 
 
 def _make_directory(name: str, setting: Setting, part: str = "") -> Path:
@@ -241,7 +418,8 @@ def _make_directory(name: str, setting: Setting, part: str = "") -> Path:
 
 
 @contextmanager
-def _usage_error(what: str) -> Iterator[None]:
+def usage_error(what: str) -> Iterator[None]:
+    """Make a usage error of a wrong configuration."""
     try:
         yield
     except ConfigurationError as error:

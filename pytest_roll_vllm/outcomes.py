@@ -5,27 +5,30 @@ A contract is
 - ``failed`` if one of its tests failed;
 - ``could not run`` if none failed, and one gave no answer: an error in setup or teardown, a skip, an
   expected failure, an interruption, a crash;
+- ``known gap`` if one failed where the release declares that it must, see ``roll_vllm/versions.py``;
 - ``passed`` if one test passed and the others did, too, or are not applicable;
 - ``not applicable`` if all its tests are.
 
-So a skip is never a pass.
+So a skip is never a pass, and neither is a gap. A test that passes in spite of a gap has failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import pytest
 
-Outcome = Literal["passed", "failed", "not applicable", "could not run"]
+Outcome = Literal["passed", "failed", "known gap", "not applicable", "could not run"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 # Names of entries in a report's user_properties, which travel from xdist workers and into JUnit files.
 CONTRACT = "vllm_contract"
 NOT_APPLICABLE = "vllm_not_applicable"
+GAP = "vllm_known_gap"
 
+STOPPED = "the run stopped"
 _PHASES = {"setup", "call", "teardown"}
 
 
@@ -34,7 +37,7 @@ class Phase:
     """What became of the setup, the call or the teardown of a test.
 
     ``when`` is something else if the process died; ``outcome`` has the words of pytest, with ``xfailed``,
-    ``xpassed`` and ``not applicable`` told apart from other passes and skips.
+    ``xpassed``, ``known gap`` and ``not applicable`` told apart from other passes and skips.
     """
 
     when: str
@@ -56,7 +59,10 @@ def phase(report: pytest.TestReport) -> Phase:
     """Reduce a report of pytest to what counts here."""
     outcome: str = report.outcome
     reason = ""
-    if hasattr(report, "wasxfail"):
+    gap = dict(report.user_properties).get(GAP) if report.skipped else None
+    if gap:
+        outcome, reason = "known gap", str(gap)
+    elif hasattr(report, "wasxfail"):
         outcome = "xpassed" if report.passed else "xfailed"
         reason = report.wasxfail
     elif report.skipped:
@@ -79,12 +85,17 @@ def judge_test(phases: Sequence[Phase]) -> Verdict:
 def judge(tests: Sequence[Verdict]) -> Verdict:
     """Judge a contract by all its selected tests."""
     outcomes = [test.outcome for test in tests]
-    order: tuple[Outcome, ...] = ("failed", "could not run", "passed", "not applicable")
-    outcome = next(one for one in order if one in outcomes)
+    outcome = worst(outcomes)
     reason = next(test.reason for test in tests if test.outcome == outcome)
     if reason and len(tests) > 1:
         reason += f" ({outcomes.count(outcome)} of {len(tests)} tests)"
     return Verdict(outcome, round(sum(test.seconds for test in tests), 3), reason)
+
+
+def worst(found: Collection[Outcome]) -> Outcome:
+    """Return the outcome that decides where there are several."""
+    order: tuple[Outcome, ...] = ("failed", "could not run", "known gap", "passed", "not applicable")
+    return next(one for one in order if one in found)
 
 
 def _judge_test(phases: Sequence[Phase]) -> tuple[Outcome, str]:
@@ -106,9 +117,9 @@ def _judge_test(phases: Sequence[Phase]) -> tuple[Outcome, str]:
     for one in phases:
         if one.outcome == "not applicable":
             return "not applicable", one.reason
-    if _PHASES <= {one.when for one in phases if one.outcome == "passed"}:
-        return "passed", ""
-    return "could not run", "did not finish: the run stopped" if phases else "never ran: the run stopped"
+    if _PHASES <= {one.when for one in phases if one.outcome in ("passed", "known gap")}:
+        return next((("known gap", one.reason) for one in phases if one.outcome == "known gap"), ("passed", ""))
+    return "could not run", f"{'did not finish' if phases else 'never ran'}: {STOPPED}"
 
 
 def _skip_reason(report: pytest.TestReport) -> str:

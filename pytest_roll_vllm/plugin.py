@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_roll_vllm import coroutines, markers, options, report, terminal
+from pytest_roll_vllm import coroutines, gaps, markers, options, report, terminal
 from pytest_roll_vllm.fixtures import *  # noqa: F403 - pytest finds fixtures in the plugin module
 
 # The suite is a package of its own, whose assertions pytest would not explain otherwise.
@@ -23,21 +23,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("help") or config.getoption("version"):
         return  # these must work whatever the settings are
     settings.check()
+    if not settings.provisions:
+        options.apply(config, settings)
     if not options.is_worker(config):
         options.check_suite(config)
         recorder = config.stash[report.RECORDER] = report.Recorder(config)
         config.pluginmanager.register(recorder, "roll-vllm-recorder")
+        if settings.provisions and report.runs_tests(config):
+            from pytest_roll_vllm.distribution import Distribution
+
+            config.pluginmanager.register(Distribution(config), options.DISTRIBUTION)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    return terminal.header(config.stash[options.SETTINGS]) if terminal.wants_header(config) else []
+    return terminal.header(config) if terminal.wants_header(config) else []
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     if terminal.wants_header(config) or config.get_verbosity() < 0:
         return []
     # Without any setting, only the tests tell that the run is ours.
-    return terminal.header(config.stash[options.SETTINGS]) if any(map(markers.uses_plugin, items)) else []
+    return terminal.header(config) if any(map(markers.uses_plugin, items)) else []
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -71,6 +77,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     result = yield
+    gaps.judge(item, result)
     report.attach_notes(item.config, result)
     return result
 
