@@ -191,7 +191,13 @@ def _after_fork() -> None:
 def _record() -> Record:
     outcomes = dict(_state.application.outcomes) if _state.application else {}
     return Record(
-        os.getpid(), os.getppid(), _state.role, tuple(sys.argv), _state.version, outcomes, str(_error() or "")
+        os.getpid(),
+        os.getppid(),
+        _state.role,
+        tuple(getattr(sys, "argv", ())),
+        _state.version,
+        outcomes,
+        str(_error() or ""),
     )
 
 

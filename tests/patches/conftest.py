@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
+import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="tests/patches needs a vLLM; tests/unit does not")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # patch_orderings
-
-from roll_vllm import versions
-from roll_vllm.patches.apply import selected
-from roll_vllm.patches.patch import Patch
-from roll_vllm.patches.registry import PATCHES
-
-INSTALLED = versions.installed()
-assert INSTALLED is not None
-VERSION = INSTALLED.version
-SELECTED = selected(PATCHES, VERSION)
-
-
-def stand_in_for_the_allocator() -> None:
-    """0.8.4 imports its CUDA memory allocator at the top of the worker's module; it cannot be loaded without CUDA."""
-    try:
-        importlib.import_module("vllm.cumem_allocator")
-    except ImportError:
-        name = "vllm.cumem_allocator"
-        module = types.ModuleType(name)
-        for function in ("init_module", "python_create_and_map", "python_unmap_and_release"):
-            setattr(module, function, None)
-        sys.modules[name] = module
-
-
-stand_in_for_the_allocator()
+#: Without a vLLM there is nothing to run here; tests/unit needs none.
+collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("vllm") is None else []
 
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Set one patch by its name, for this test; returns the class. Skips where the release does not need it."""
+
+    from on_vllm import SELECTED, VERSION, owner_of
 
     def set_patch(name: str) -> Any:
         patch = next((patch for patch in SELECTED if patch.name == name), None)
@@ -54,14 +27,6 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         return owner
 
     return set_patch
-
-
-def owner_of(patch: Patch) -> tuple[Any, str]:
-    *path, name = patch.qualname.split(".")
-    owner: Any = importlib.import_module(patch.module)
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
 
 
 @pytest.fixture(scope="module")

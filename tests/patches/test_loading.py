@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SELECTED
+from on_vllm import SELECTED
 
 for_fp8 = pytest.mark.skipif(
     all(patch.name != "fp8-qkv-block-scales" for patch in SELECTED), reason="0.8.4 alone needs fp8-qkv-block-scales"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SELECTED
+from on_vllm import SELECTED
 
 
 class Allocator:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SELECTED, VERSION, owner_of
+from on_vllm import SELECTED, VERSION, owner_of
 from patch_orderings import ORDERINGS
 
 from roll_vllm.patches import drift, process, sources
@@ -21,7 +21,7 @@ every = pytest.mark.parametrize("patch", SELECTED, ids=lambda patch: patch.name)
 CONFTEST = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-from conftest import SELECTED, PATCHES, VERSION
+from on_vllm import SELECTED, PATCHES, VERSION
 """
 
 ORDERS = """
@@ -65,7 +65,7 @@ outcomes = process.record()["patches"]
 assert all(outcomes[patch.name]["outcome"] == "applied" for patch in SELECTED), outcomes
 assert all(outcomes[patch.name]["outcome"] == "not applicable" for patch in PATCHES if patch.name not in
            {chosen.name for chosen in SELECTED}), outcomes
-from conftest import owner_of
+from on_vllm import owner_of
 replaced = {patch.name: vars(owner_of(patch)[0])[owner_of(patch)[1]] for patch in SELECTED}
 assert all("roll_vllm" in function.__code__.co_filename for function in replaced.values()), replaced
 process.undo_here()
