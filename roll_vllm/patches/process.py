@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: A directory in which every process of a rollout engine leaves its record.
 VARIABLE = "ROLL_VLLM_RECORDS"
 
+#: The plugin's name, as in ``VLLM_PLUGINS``.
+PLUGIN = "roll_vllm"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -43,6 +46,7 @@ class Record:
         version: The version of vLLM.
         patches: The outcome of every patch of the registry, by name.
         error: Why nothing was applied; empty if all is well.
+        late: Whether vLLM had loaded its plugins without ours, so that what it did before, it did unpatched.
     """
 
     pid: int
@@ -52,6 +56,7 @@ class Record:
     version: str
     patches: Mapping[str, Outcome]
     error: str = ""
+    late: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The record in JSON's types."""
@@ -70,6 +75,7 @@ class _State:
         self.application: Application | None = None
         self.version = ""
         self.role = ""
+        self.late = False
         self.error: Exception | None = None
 
 
@@ -110,8 +116,22 @@ def require(role: str) -> Record:
 
     Raises:
         PatchError: as :func:`apply_here`; also what :func:`load` met and could only record.
+        ConfigurationError: ``VLLM_PLUGINS`` keeps our plugin out, which comes before the worker.
     """
-    return apply_here(role)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    with _state.lock:
+        if _state.application is None and _state.error is None:
+            if allowed is not None and PLUGIN not in allowed.split(","):
+                raise ConfigurationError(
+                    f"VLLM_PLUGINS={allowed!r} keeps the patches of roll_vllm out of vLLM's processes; add {PLUGIN!r}"
+                )
+            _state.late = True
+            logger.warning(
+                "the plugin of roll_vllm did not run in process %d, so its patches come after vLLM has started there; "
+                "install the package, a path to its source is not enough",
+                os.getpid(),
+            )
+        return apply_here(role)
 
 
 def undo_here() -> None:
@@ -122,6 +142,7 @@ def undo_here() -> None:
     """
     with _state.lock:
         application, _state.application, _state.error = _state.application, None, None
+        _state.late = False
         if os.environ.get(VARIABLE):
             _path().unlink(missing_ok=True)
         if application is not None:
@@ -191,13 +212,14 @@ def _after_fork() -> None:
 def _record() -> Record:
     outcomes = dict(_state.application.outcomes) if _state.application else {}
     return Record(
-        os.getpid(),
-        os.getppid(),
-        _state.role,
-        tuple(getattr(sys, "argv", ())),
-        _state.version,
-        outcomes,
-        str(_error() or ""),
+        pid=os.getpid(),
+        ppid=os.getppid(),
+        role=_state.role,
+        argv=tuple(getattr(sys, "argv", ())),
+        version=_state.version,
+        patches=outcomes,
+        error=str(_error() or ""),
+        late=_state.late,
     )
 
 

@@ -89,6 +89,33 @@ def test_applying_again_changes_the_role_only(faked: Faked, records: Path) -> No
     assert (record.role, process.read_records(records)[0].role) == ("worker", "worker")
 
 
+def test_a_worker_whose_plugin_did_not_run(
+    faked: Faked, records: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert process.require("worker").late
+    assert process.read_records(records)[0].late
+    assert "the plugin of roll_vllm did not run in process" in caplog.text
+    assert process.require("worker").late
+    process.undo_here()
+    process.load()
+    assert not process.require("worker").late
+
+
+@pytest.mark.parametrize(("allowed", "fits"), [("", False), ("other", False), ("other,roll_vllm", True)])
+def test_an_allow_list_without_the_plugin(
+    faked: Faked, monkeypatch: pytest.MonkeyPatch, allowed: str, fits: bool
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    if fits:
+        process.require("worker")
+        return
+    with pytest.raises(ConfigurationError, match="add 'roll_vllm'"):
+        process.require("worker")
+    process.apply_here("parent")
+    assert not process.require("worker").late
+
+
 def test_without_a_directory_nothing_is_written(faked: Faked) -> None:
     faked.module("engine")
     assert outcomes(process.apply_here("parent"))["run"] == "applied"
