@@ -279,6 +279,8 @@ class VersionsSession(DSession):
 class _Nodes(NodeManager):
     """Starts nodes; those of ours get nothing of the controller's."""
 
+    EXIT_TIMEOUT = 30  # seconds for closing engines after an interrupt; xdist gives 10
+
     def setup_node(self, spec: Any, putevent: Any) -> WorkerController:
         """Start a node, which may be another one for the same description."""
         popen = spec.popen

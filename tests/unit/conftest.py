@@ -15,8 +15,10 @@ def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Inner:
     monkeypatch.setenv("XDG_CACHE_HOME", str(pytester.path / "xdg"))
     monkeypatch.setenv("TMPDIR", str(pytester.path))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    for name in ("VERSION", "BACKEND", "MODEL", "REPORT", "CACHE_DIR"):
+    for name in ("VERSION", "BACKEND", "MODEL", "REPORT", "CACHE_DIR", "PROVISION", "ENVS_DIR"):
         monkeypatch.delenv(f"PYTEST_VLLM_{name}", raising=False)
+    for name in ("ROLL_VLLM_CPU_REFERENCE", "VLLM_USE_V1"):
+        monkeypatch.delenv(name, raising=False)
     return Inner(pytester, monkeypatch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,39 @@ import pytest_roll_vllm
 
 PLUGIN = "pytest_roll_vllm.plugin"
 ROOT = Path(pytest_roll_vllm.__file__).parents[1]
+
+
+# Stands for uv: the environments are real, with interpreters of their own, but hold metadata of a vLLM only, and see
+# pytest where the tests run.
+UV = """#!{python}
+import os, re, sys, time, venv
+from pathlib import Path
+
+with open(os.environ["FAKE_UV_LOG"], "a") as log:
+    print(*sys.argv[1:], file=log)
+command = sys.argv[1:3]
+if command == ["python", "find"]:
+    sys.exit("no interpreter found")
+elif sys.argv[1] == "venv":
+    venv.create(sys.argv[-1], symlinks=True, with_pip=False)
+elif command == ["pip", "install"]:
+    wanted = next(one for one in sys.argv if one.startswith("vllm"))
+    print("Downloading", wanted, file=sys.stderr, flush=True)
+    name, version = wanted.split("==")
+    root = Path(sys.argv[sys.argv.index("--python") + 1]).parents[1]
+    (site,) = root.glob("lib/python*/site-packages")
+    (site / "half").touch()
+    time.sleep(float(os.environ.get("FAKE_UV_SECONDS", "0")))
+    if version in os.environ.get("FAKE_UV_FAILS", "").split():
+        sys.exit("error: no solution for " + wanted)
+    info = site / (name.replace("-", "_") + "-" + version + ".dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {{name}}\\nVersion: {{version}}\\n")
+    (site / "outer.pth").write_text({paths!r})
+    print("Installed 1 package", file=sys.stderr)
+else:
+    sys.exit("unexpected")
+"""
 
 
 class Inner:
@@ -36,6 +70,18 @@ class Inner:
     def no_vllm(self) -> None:
         """Simulate an environment without vLLM, in this process only."""
         self.monkeypatch.setattr("roll_vllm.versions.installed", lambda: None)
+
+    def fake_uv(self) -> Path:
+        """Put a program ``uv`` on PATH that makes environments with the metadata of a vLLM, and return its log."""
+        program = self.pytester.mkdir("bin") / "uv"
+        paths = "\n".join([str(Path(pytest.__file__).parents[1]), str(ROOT)])
+        program.write_text(UV.format(python=sys.executable, paths=paths))
+        program.chmod(0o755)
+        self.monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+        log = self.pytester.path / "uv.log"
+        self.monkeypatch.setenv("FAKE_UV_LOG", str(log))
+        self.monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        return log
 
     def run(self, *args: str | Path, source: str | None = None) -> pytest.RunResult:
         """Run pytest in this process, on a module with the given source if there is one."""

