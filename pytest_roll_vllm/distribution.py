@@ -7,6 +7,7 @@ and needs no vLLM; ``scheduling.py`` has the part that depends on pytest-xdist.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -139,9 +140,14 @@ class Distribution:
 
     # -- providing ------------------------------------------------------------------------------------------
 
-    @pytest.hookimpl(trylast=True)  # after the header
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> Generator[None, object, object]:
         """Provide the environments, and start xdist on those that are there."""
+        result = yield  # the header
+        self._start(session)
+        return result
+
+    def _start(self, session: pytest.Session) -> None:
         recorder = self._config.stash[RECORDER]
         several = len(self.columns) + len(self._own) > 1
         for column in self.columns:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +25,8 @@ class Progress:
         self._reporter = reporter
         self._lines: dict[str, _Line] = {}
         self._live = False
-        self._done = 0
+        self._collected: dict[str, int] = {}
+        self._done: Counter[str] = Counter()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> Any:
@@ -33,6 +36,8 @@ class Progress:
             return (yield)
         finally:
             self._live = False
+            if report.when == "teardown":
+                self._done[_label(report.node)] += 1
 
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> Any:
@@ -40,17 +45,17 @@ class Progress:
         category, letter, word = yield
         if not self._live or not (letter or word):
             return category, letter, word
-        run = report.node.workerinput[RUN]
-        self._add(run["label"], report.nodeid.partition("::")[0], letter[0] if isinstance(letter, tuple) else letter)
+        letter = letter[0] if isinstance(letter, tuple) else letter
+        self._add(_label(report.node), report.nodeid.partition("::")[0], letter)
         return category, "", ""
 
-    def pytest_runtest_logfinish(self) -> None:
-        """Count the test."""
-        self._done += 1
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """Take the number of a version's tests."""
+        self._collected[_label(node)] = len(ids)
 
     def pytest_testnodedown(self, node: Any) -> None:
         """Write what is left of a version that has ended."""
-        self._write(node.workerinput[RUN]["label"])
+        self._write(_label(node))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -69,12 +74,15 @@ class Progress:
 
     def _write(self, label: str) -> None:
         line = self._lines.pop(label, None)
-        session = self._reporter._session
-        if line is None or session is None:
-            return
-        share = f" [{100 * self._done // session.testscollected:3d}%]" if session.testscollected else ""
-        self._reporter.ensure_newline()
-        self._reporter.write_line(f"{label} {line.module} {line.letters}{share}")
+        if line:
+            share = 100 * self._done[label] // self._collected[label]
+            self._reporter.ensure_newline()
+            self._reporter.write_line(f"{label} {line.module} {line.letters} [{share:3d}%]")
+
+
+def _label(node: Any) -> str:
+    label: str = node.workerinput[RUN]["label"]
+    return label
 
 
 class _Line:

@@ -129,7 +129,7 @@ class Run:
     def complete(self, exit_status: int) -> bool:
         """Whether, besides, every test did, all tests could be collected, and nothing stopped the session."""
         return (
-            exit_status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+            exit_status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, EXIT_INCOMPLETE)
             and not self.problem
             and not self.broken_collection
             # A selection that did not arrive, from a worker on another machine, may have had more tests.
@@ -266,9 +266,9 @@ class Recorder:
         return self.runs[_label(node)] if node else next(iter(self.runs.values()))
 
     def _share_selection(self) -> None:
-        """Let a run that never came to select its tests have those of the others, which none of them ran there."""
+        """Let a run that never came to say what it selected have the tests of the others: none of them ran there."""
         for run in self.runs.values():
-            if run.problem and not run.selected:
+            if run.label and run.about["vllm"] is None and not run.selected:
                 for other in self.runs.values():
                     run.select(other.contracts, other.selected)
 

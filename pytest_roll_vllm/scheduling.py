@@ -10,6 +10,7 @@ The only module that imports xdist; what it overrides of ``DSession`` is why its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from shlex import quote
 from typing import Any
 
@@ -123,10 +124,13 @@ class Scheduler:
     def _send(self, label: str, count: int) -> None:
         node, first = self._nodes[label], self._sent[label]
         indices = self._left[label][first : first + count]
+        if node.shutting_down:
+            return
         if indices:
-            node.send_runtest_some(indices)
+            with suppress(OSError):  # it stops by itself, as at the first failure, and will say so
+                node.send_runtest_some(indices)
             self._sent[label] += len(indices)
-        if self._sent[label] == len(self._left[label]) and not node.shutting_down:
+        if self._sent[label] == len(self._left[label]):
             node.shutdown()  # when it has run what it knows of
 
 
@@ -156,7 +160,6 @@ class VersionsSession(DSession):
         specs = [f"popen//id={label}//python={quote(python)}" for label, python in interpreters.items()]
         self.nodemanager: NodeManager = _Nodes(config, [*specs, *own])
         self._labels = {id(spec): str(spec.id) for spec in self.nodemanager.specs}
-        self._ours = frozenset(interpreters)
         self._on_node = on_node
         self._on_lost = on_lost
         self._scheduler = Scheduler(self.label, list(self._labels.values()), limit)
@@ -180,10 +183,10 @@ class VersionsSession(DSession):
                 self._lose(self._labels[id(spec)], f"its process did not start: {type(error).__name__}: {error}")
 
     def pytest_configure_node(self, node: WorkerController) -> None:
-        """Tell a node what it is for, and let an interpreter of ours keep its own ``sys.path``."""
+        """Tell a node what it is for, and let another interpreter keep its own ``sys.path``."""
         label = self.label(node)
         self._on_node(node, label)
-        if label in self._ours:
+        if node.gateway.spec.python:
             node.gateway.spec.popen = None  # xdist gives the controller's path to those that have this set
 
     def loop_once(self) -> None:
@@ -298,4 +301,4 @@ class _Nodes(NodeManager):
 def _last_line(error: object) -> str:
     """Return the end of a traceback, where the exception is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "for an unknown reason"
+    return lines[-1].removeprefix("pytest.UsageError: ") if lines else "for an unknown reason"

@@ -71,17 +71,15 @@ class Inner:
         """Simulate an environment without vLLM, in this process only."""
         self.monkeypatch.setattr("roll_vllm.versions.installed", lambda: None)
 
-    def fake_uv(self) -> Path:
-        """Put a program ``uv`` on PATH that makes environments with the metadata of a vLLM, and return its log."""
+    def fake_uv(self) -> None:
+        """Put a program ``uv`` on PATH that makes environments with the metadata of a vLLM; it logs to ``uv.log``."""
         program = self.pytester.mkdir("bin") / "uv"
         paths = "\n".join([str(Path(pytest.__file__).parents[1]), str(ROOT)])
         program.write_text(UV.format(python=sys.executable, paths=paths))
         program.chmod(0o755)
         self.monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-        log = self.pytester.path / "uv.log"
-        self.monkeypatch.setenv("FAKE_UV_LOG", str(log))
+        self.monkeypatch.setenv("FAKE_UV_LOG", str(self.pytester.path / "uv.log"))
         self.monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        return log
 
     def run(self, *args: str | Path, source: str | None = None) -> pytest.RunResult:
         """Run pytest in this process, on a module with the given source if there is one."""
