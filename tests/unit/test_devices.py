@@ -324,7 +324,7 @@ def test_the_reference_platform_is_refused_beside_the_real_thing(
 
 def test_the_reference_platform_is_refused_for_releases_that_it_does_not_know(host: Host) -> None:
     host.vllm = Installed("vllm", "0.13.0")
-    with pytest.raises(ConfigurationError, match="does not know vLLM 0.13.0; install one of: 0.8.4, 0.10.2"):
+    with pytest.raises(ConfigurationError, match=r"does not know vLLM 0.13.0; install one of: 0.8.4, 0.10.2"):
         host.detect("cpu-reference")
 
 
