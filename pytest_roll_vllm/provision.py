@@ -278,7 +278,7 @@ def _uv(command: list[str], cwd: Path, say: Say) -> None:
             if line is None:
                 break
             tail.append(line)
-            if re.match(r"(Resolved|Downloading|Building|Prepared|Installed|Waiting)\b", line.strip()):
+            if _is_progress(line.strip()):
                 say(line.strip())
         status = process.wait()
     except BaseException:
@@ -289,6 +289,16 @@ def _uv(command: list[str], cwd: Path, say: Say) -> None:
         reader.join()
     if status:
         raise ProvisionError(f"uv failed ({status}): `{' '.join(command)}`:\n" + "\n".join(tail))
+
+
+def _is_progress(line: str) -> bool:
+    """Whether a line of uv says what it waits for: downloads of some size, not every package."""
+    if re.match(r"(Resolved|Building|Prepared|Installed)\b", line):
+        return True
+    download = re.match(r"Downloading .*?(?:\((\d+)\.\d+(KiB|MiB|GiB)\))?$", line)
+    return bool(
+        download and (not download[1] or download[2] == "GiB" or (download[2] == "MiB" and len(download[1]) > 2))
+    )
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

@@ -262,7 +262,7 @@ def test_junit_names_the_contract(installed: Inner) -> None:
 
 def test_the_example_in_the_documentation_has_all_keys(installed: Inner) -> None:
     text = (Path(__file__).parents[2] / "docs/report.md").read_text()
-    example = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    example = json.loads(text.partition("## Example")[2].partition("```json\n")[2].partition("```")[0])
     document = installed.report(source=IMPORTS + PASS)
     assert example.keys() == document.keys()
     one, real = (next(iter(some["contracts"].values())) for some in (example, document))
