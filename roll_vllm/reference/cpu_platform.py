@@ -106,6 +106,9 @@ def _switch_compilation_off(compilation: Any) -> None:
     setattr(compilation, "level" if old else "mode", 0)
     compilation.custom_ops = ["none"]  # the compiled ones are for CUDA
     compilation.cudagraph_capture_sizes = []
+    compilation.compile_sizes = []
+    if getattr(compilation, "max_capture_size", 0) is None:  # V0's model runner allocates that many rows
+        compilation.max_capture_size = 0
     if hasattr(compilation, "cudagraph_mode"):
         from vllm.config import CUDAGraphMode
 

@@ -24,13 +24,14 @@ def version() -> str:
 
 def install() -> None:
     """Put the permanent stand-ins in place; repeated calls change nothing."""
-    if versions.satisfies(version(), "<0.10.2"):
+    if versions.satisfies(version(), "<0.11"):
         _cumem_allocator()
+    if versions.satisfies(version(), "<0.10.2"):
         _float32_in_v1()
 
 
 def _cumem_allocator() -> None:
-    """``vllm.cumem_allocator`` links libcuda, and 0.8.4 imports it at the top of the V1 worker, on any platform."""
+    """``vllm.cumem_allocator`` links libcuda, and vLLM imports it with the V0 worker, in 0.8.4 with that of V1 too."""
     name = "vllm.cumem_allocator"
     if name in sys.modules:
         return

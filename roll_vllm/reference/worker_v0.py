@@ -1,45 +1,48 @@
-"""The worker of the V0 engine.
+"""The worker of the V0 engine: vLLM's worker for GPUs, which asks CUDA for nothing but memory.
 
-The KV cache is ``worker.cpu_cache``: for each pipeline stage's virtual engine a list with one tensor a layer,
+The KV cache is ``worker.gpu_cache``: for each virtual engine (one a pipeline stage) a list with one tensor a layer,
 ``[2, blocks, block_size, kv_heads, head_size]``. ``worker.model_runner.kv_caches`` lists the same tensors, as in V1.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+import torch
 
-from vllm.worker.cpu_model_runner import ModelInputForCPUBuilder
-from vllm.worker.cpu_worker import CPUWorker
-
-from roll_vllm.environment import AppliedEnvironment
-from roll_vllm.reference import ops
+from roll_vllm.reference import ops, stand_ins
 from roll_vllm.reference.cpu_platform import set_threads
 
+stand_ins.install()
 ops.install()
 
+from vllm.distributed import (  # noqa: E402  the worker imports what stands in
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+    set_custom_all_reduce,
+)
+from vllm.model_executor.utils import set_random_seed  # noqa: E402
+from vllm.worker.worker import Worker  # noqa: E402
 
-class ReferenceInputBuilder(ModelInputForCPUBuilder):
-    """Tells the engine how much of a prompt was found in the prefix cache, as the builder for GPUs does."""
 
-    def _compute_prompt_input_tokens(self, data: Any, group: Any, sequence: Any, sequence_id: int) -> None:
-        super()._compute_prompt_input_tokens(data, group, sequence, sequence_id)
-        if group.computed_block_nums:
-            sequence.update_num_cached_tokens(len(group.computed_block_nums) * self.block_size)
-
-
-class ReferenceWorker(CPUWorker):
-    """vLLM's CPU worker, bound to no core."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with AppliedEnvironment({"VLLM_CPU_OMP_THREADS_BIND": "all"}):
-            super().__init__(*args, **kwargs)
-        self.model_runner.builder = ReferenceInputBuilder(weakref.proxy(self.model_runner))
+class ReferenceWorker(Worker):
+    """vLLM's GPU worker, with main memory as its device."""
 
     def init_device(self) -> None:
+        self.device = torch.device("cpu")
+        parallel = self.parallel_config
         set_threads()
-        super().init_device()
+        set_custom_all_reduce(False)
+        init_distributed_environment(
+            parallel.world_size, self.rank, self.distributed_init_method, self.local_rank, "gloo"
+        )
+        ensure_model_parallel_initialized(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        set_random_seed(self.model_config.seed)
+
+    def determine_num_available_blocks(self) -> tuple[int, int]:
+        """Return how many blocks ``VLLM_CPU_KVCACHE_SPACE`` grants, and how many may be swapped out."""
+        size = self.get_cache_block_size_bytes()
+        blocks = int(self.cache_config.cpu_kvcache_space_bytes // size)
+        return blocks, min(blocks, int(self.cache_config.swap_space_bytes // size))
 
     def _init_cache_engine(self) -> None:
         super()._init_cache_engine()
-        self.model_runner.kv_caches = [tensor for caches in self.cpu_cache for tensor in caches]
+        self.model_runner.kv_caches = [tensor for caches in self.gpu_cache for tensor in caches]
