@@ -11,6 +11,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 from roll_vllm import versions
 from roll_vllm.reference import NAME, stand_ins
+from roll_vllm.reference.attention import refuse
 
 # torch.compile of vLLM's small helpers takes 10 s and more in every process, even without Inductor.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -72,9 +73,13 @@ class CpuReferencePlatform(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         """Let vLLM's CPU platform adapt the configuration, keep what the caller chose, switch compilation off."""
-        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        cache, parallel, model = vllm_config.cache_config, vllm_config.parallel_config, vllm_config.model_config
         if cache.cache_dtype != "auto":
             raise ValueError(f"{NAME} has no kv_cache_dtype={cache.cache_dtype!r}; leave it at 'auto'")
+        if vllm_config.speculative_config is not None:
+            raise ValueError(f"{NAME} has no speculative decoding; leave out speculative_config")
+        if model is not None and model.use_mla:
+            refuse("latent attention (MLA)")
         executor, block_size = parallel.distributed_executor_backend, cache.block_size or _BLOCK_SIZE
         worker, threads = parallel.worker_cls, os.environ.get("OMP_NUM_THREADS")
         cache.block_size = _BLOCK_SIZE
@@ -86,9 +91,9 @@ class CpuReferencePlatform(CpuPlatform):
             parallel.worker_cls = f"roll_vllm.reference.worker_{_engine().lower()}.ReferenceWorker"
         _restore("OMP_NUM_THREADS", threads)  # vLLM would set it to all cores, for every rank
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        if vllm_config.model_config is not None:
-            vllm_config.model_config.enforce_eager = True
-            vllm_config.model_config.disable_cascade_attn = True
+        if model is not None:
+            model.enforce_eager = True
+            model.disable_cascade_attn = True
         _switch_compilation_off(vllm_config.compilation_config)
         stand_ins.install()
 
