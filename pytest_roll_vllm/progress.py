@@ -49,6 +49,12 @@ class Progress:
         self._add(_label(report.node), report.nodeid.partition("::")[0], letter)
         return category, "", ""
 
+    def pytest_runtest_logstart(self) -> None:
+        """Show what is done before tests that take long."""
+        for label, line in list(self._lines.items()):
+            if time.monotonic() - line.begun > _PATIENCE:
+                self._write(label)
+
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         """Take the number of a version's tests."""
         self._collected[_label(node)] = len(ids)
@@ -65,7 +71,7 @@ class Progress:
 
     def _add(self, label: str, module: str, letter: str) -> None:
         line = self._lines.get(label)
-        if line and (line.module != module or time.monotonic() - line.begun > _PATIENCE):
+        if line and line.module != module:
             self._write(label)
             line = None
         if line is None:
