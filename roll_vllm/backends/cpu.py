@@ -43,7 +43,7 @@ class CpuReference(Cpu):
     name = "cpu-reference"
 
     def engines(self, vllm_version: str) -> tuple[str, ...]:
-        return ("V0", "V1") if versions.satisfies(vllm_version, "<0.9") else ("V1",)
+        return Backend.engines(self, vllm_version)  # all that the release has for GPUs
 
     def _worker_class(self, vllm_version: str, engine: str) -> str:
         return f"roll_vllm.reference.worker_{engine.lower()}.ReferenceWorker"
