@@ -234,16 +234,24 @@ class VersionsSession(DSession):
         super().handle_crashitem(self._named(nodeid, worker), worker)
 
     def worker_workerfinished(self, node: WorkerController) -> None:
-        """Notice a version that ended of its own accord without having run all its tests."""
-        super().worker_workerfinished(node)
+        """Be done with a version; notice one that ended of its own accord without having run all its tests."""
+        self.config.hook.pytest_testnodedown(node=node, error=None)
+        output = node.workeroutput
+        if output["exitstatus"] == pytest.ExitCode.INTERRUPTED:
+            self.shouldstop = f"{node} received keyboard-interrupt"
+        stopped = output["shouldfail"] or output["shouldstop"]
+        self.shouldstop = self.shouldstop or stopped
+        self._active_nodes.discard(node)  # has been taken out before after an internal error
+        if node in self._scheduler.nodes:
+            self._scheduler.remove_node(node)
         label = self.label(node)
         if not self.shouldstop and self._scheduler.is_open(label):
-            self._lose(label, f"its process ended early (exit status {node.workeroutput['exitstatus']})")
+            self._lose(label, f"its process ended early (exit status {output['exitstatus']})")
 
     def worker_errordown(self, node: WorkerController, error: object | None) -> None:
         """Replace a process that died in a test; give its version up if it died otherwise, or too often."""
         self.config.hook.pytest_testnodedown(node=node, error=error)
-        self._active_nodes.remove(node)
+        self._active_nodes.discard(node)
         label = self.label(node)
         crashed = None
         if node in self._scheduler.nodes:
@@ -261,8 +269,9 @@ class VersionsSession(DSession):
 
     def worker_internal_error(self, node: WorkerController, formatted_error: str) -> None:
         """Give up a version in whose process pytest itself failed."""
+        self.report_line(f"\n{formatted_error}")
+        self._active_nodes.discard(node)
         self._lose(self.label(node), f"internal error: {_last_line(formatted_error)}")
-        super().worker_internal_error(node, formatted_error)
 
     def _replace(self, spec: Any, name: str) -> None:
         spec.id = name

@@ -346,6 +346,25 @@ def test_a_process_that_does_not_come_up(provisioned: Inner) -> None:
     assert {*outcomes(new).values()} == {"passed"}
 
 
+def test_an_internal_error_in_one_environment(provisioned: Inner) -> None:
+    provisioned.pytester.makeconftest(
+        """
+        from roll_vllm import versions
+
+        def pytest_runtest_makereport(item):
+            found = versions.installed()
+            if found.version.startswith("0.11") and item.name == "test_new":
+                raise RuntimeError("broken plugin")
+        """
+    )
+    document = provisioned.report(*PROVISION, *BOTH, source=PASSING)
+    old, new = document["runs"]
+    assert outcomes(old) == {"a-pass": "passed", "b-old": "passed", "b-new": "could not run"}
+    assert old["problem"] == "internal error: RuntimeError: broken plugin"
+    assert {*outcomes(new).values()} == {"passed"}
+    assert document["exit_status"] == EXIT_INCOMPLETE
+
+
 def test_a_setting_that_is_wrong_in_one_environment(provisioned: Inner) -> None:
     """As where the environment has been tampered with: the version is not what it should be."""
     provisioned.run(*PROVISION, "--vllm-version=0.11.0", source=PASSING)
