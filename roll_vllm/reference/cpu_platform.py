@@ -67,6 +67,10 @@ class CpuReferencePlatform(CpuPlatform):
         return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
 
     @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return "roll_vllm.reference.lora.ReferencePunicaWrapper"
+
+    @classmethod
     def get_attn_backend_cls(cls, *args: Any, **kwargs: Any) -> str:
         return f"roll_vllm.reference.attention_{_engine().lower()}.ReferenceAttentionBackend"
 
