@@ -21,7 +21,7 @@ from pytest_roll_vllm.options import RUN, SETTINGS, Settings, usage_error
 from pytest_roll_vllm.progress import Progress
 from pytest_roll_vllm.provision import Environment, ProvisionError
 from pytest_roll_vllm.report import RECORDER
-from roll_vllm import devices, environment
+from roll_vllm import backends, devices, environment
 from roll_vllm.devices import Device
 from roll_vllm.errors import ConfigurationError
 from roll_vllm.versions import Route, VersionRow
@@ -29,6 +29,13 @@ from roll_vllm.versions import Route, VersionRow
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
 
+_ENVIRON = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_RANKS = 8  # more than any test asks for
 _SIDE_BY_SIDE = 2  # versions at a time on a CPU, unless -n says otherwise
 _PLUGINS = ("pytest", "pytest-xdist", "pytest-asyncio")  # what an environment gets if the running pytest has it
 
@@ -75,14 +82,18 @@ class Distribution:
         self._device = self._detect()
         self.columns, self._problems = self._plan()
         self._limit, self._own = self._take_over_xdist()
+        together = min(self._limit, len(self.columns))
+        cpu = self._device.kind == "cpu"
+        self._threads = max(1, devices.Probe().cores() // together) if cpu and together > 1 else None
 
     def header(self) -> list[str]:
         """Describe what is going to run."""
         names = ", ".join(self._device.names)
         own = f", and {', '.join(self._own)}" if self._own else ""
+        threads = f", {self._threads} {'thread' if self._threads == 1 else 'threads'} each" if self._threads else ""
         return [
             f"roll-vllm: {pytest_roll_vllm.__version__}",
-            f"vllm: {', '.join(column.label for column in self.columns)}{own}; {self._limit} at a time; "
+            f"vllm: {', '.join(column.label for column in self.columns)}{own}; {self._limit} at a time{threads}; "
             f"wanted: {self._settings.version}",
             f"backend: {self._device.count} {self._device.kind} [{names}]; wanted: {self._settings.backend}",
             f"model: {self._settings.model}",
@@ -228,11 +239,21 @@ class Distribution:
     def _prepare(self, node: WorkerController, label: str) -> None:
         column = next((column for column in self.columns if column.label == label), None)
         several = len(self.columns) + len(self._own) > 1
-        run = {"label": label, "several": several, "version": None, "backend": None}
+        run = {"label": label, "several": several, "version": None, "backend": None, "environ": _ENVIRON}
         if column:
-            run.update(version=column.row.release, backend=column.route.backend)
+            run.update(version=column.row.release, backend=column.route.backend, environ=self._environ(column))
         node.workerinput[RUN] = run
         self._config.stash[RECORDER].expect(label)
+
+    def _environ(self, column: Column) -> dict[str, str]:
+        """The variables for a version: on a CPU its share of the cores, for which its threads must not be bound.
+
+        Threads of several engines that wait for each other on the same cores take several times as long.
+        """
+        if self._threads is None:
+            return _ENVIRON
+        unbound = backends.get(column.route.backend).worker_environment(column.row.release, os.environ, _RANKS)
+        return {**_ENVIRON, **unbound, "OMP_NUM_THREADS": str(self._threads)}
 
     def _lose(self, label: str, why: str) -> None:
         self._config.stash[RECORDER].lose(label, why)

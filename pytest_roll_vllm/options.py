@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,16 +33,7 @@ RUN = "vllm_run"
 DISTRIBUTION = "roll-vllm-distribution"
 """Name of the plugin that runs several versions, where there is one."""
 
-WORKER_ENVIRON = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Set where the plugin runs several versions, unless the user has set them."""
-
 DEFAULT = "default"
-
 ALL = "all"
 
 _CHOICES = ("auto", *BACKENDS, "cpu-reference")
@@ -93,6 +84,7 @@ class Settings:
         envs_dir: Directory of these environments as an absolute path.
         label: The name of this process's version and backend, in a worker of a run with environments.
         several: Whether that run has several of them.
+        environ: Variables for such a worker, unless the user has set them.
     """
 
     version: Setting
@@ -104,6 +96,7 @@ class Settings:
     envs_dir: Setting
     label: str = ""
     several: bool = False
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def given(self) -> bool:
@@ -202,7 +195,9 @@ class Settings:
         """Directory of ``report.json``, or ``None`` if no report is wanted."""
         return Path(self.report.value) if self.report.value else None
 
-    def of_worker(self, *, label: str, several: bool, version: str | None, backend: str | None) -> Settings:
+    def of_worker(
+        self, *, label: str, several: bool, version: str | None, backend: str | None, environ: Mapping[str, str]
+    ) -> Settings:
         """Return the settings of an xdist worker that tests one of the versions.
 
         Args:
@@ -211,6 +206,7 @@ class Settings:
             version: The version of its environment, or ``None`` if the user started it (``--tx``): then it tests
                 what it finds.
             backend: The backend of its environment, or ``None`` likewise.
+            environ: Variables to set, unless the user has.
         """
         if version is None:
             found = self.installed
@@ -228,6 +224,7 @@ class Settings:
             provision=Setting(_NO[1], self.provision.source),
             label=label,
             several=several,
+            environ=environ,
         )
 
     def make_cache_dir(self, part: str = "") -> Path:
@@ -333,9 +330,7 @@ def read(config: pytest.Config) -> Settings:
 
 def apply(config: pytest.Config, settings: Settings) -> None:
     """Set the variables that follow from the settings, until the end of the run."""
-    environ: dict[str, str | None] = {}
-    if settings.label:
-        environ.update({name: value for name, value in WORKER_ENVIRON.items() if name not in os.environ})
+    environ: dict[str, str | None] = {name: value for name, value in settings.environ.items() if name not in os.environ}
     if settings.backend.value == "cpu-reference" or (settings.label and settings.backend.value == "cpu"):
         from roll_vllm import reference
 

@@ -176,7 +176,7 @@ def test_two_versions(provisioned: Inner) -> None:
     # told apart wherever all are shown together
     result.stdout.fnmatch_lines(
         [
-            "vllm: 0.11.0-cpu, 0.12.0-cpu; 2 at a time; wanted: 0.11.0 0.12.0 (from --vllm-version)",
+            "vllm: 0.11.0-cpu, 0.12.0-cpu; 2 at a time, [0-9]* thread* each; wanted: 0.11.0 0.12.0 (from *)",
             "backend: 1 cpu *",
             "environments: */xdg/pytest-roll-vllm/envs (default)",
             "0.11.0-cpu: making */envs/0.11.0-cpu-py*",
@@ -246,6 +246,9 @@ def test_the_backend_decides_the_wheel(provisioned: Inner, backend: str) -> None
             assert reference.requested() == (vllm_device.backend == "cpu-reference")
             assert os.environ["HF_HUB_OFFLINE"] == "1"
             assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+            word = "all" if vllm_version == "0.8.4" else "nobind"  # as these versions call it
+            assert os.environ["VLLM_CPU_OMP_THREADS_BIND"].split("|")[0] == word
+            assert int(os.environ["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     """
     provisioned.monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     document = provisioned.report(*arguments, source=source)
