@@ -128,9 +128,7 @@ def vllm_engine_args(vllm_model: Model, vllm_device: Device) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine_pool(
-    pytestconfig: pytest.Config, vllm_settings: Settings, vllm_device: Device
-) -> Iterator[EnginePool]:
+def vllm_engine_pool(pytestconfig: pytest.Config, vllm_settings: Settings, vllm_device: Device) -> Iterator[EnginePool]:
     """The engines of the session."""
     from pytest_roll_vllm.engines import EnginePool
 

@@ -184,16 +184,7 @@ TESTED: tuple[VersionRow, ...] = (
         # triton 3.2 imports setuptools, which nothing asks for before Python 3.12; LoRA uses what cachetools 6 lost.
         others=("numpy<2.3", "setuptools>=74.1.1,<80", "cachetools<6"),
         ascend="0.8.4rc2",
-        gaps=(
-            _IN_PROCESS,
-            Gap(
-                "lora-survives-sleep",
-                reason="on the CPU, decoding without an adapter (index -1) takes the last one that was there",
-                reference="vllm/lora/ops/torch_ops/lora_ops.py: lora_b_weights[lora_indices_tensor]",
-                engines=("V0",),
-                backends=("cpu", "cpu-reference"),
-            ),
-        ),
+        gaps=(_IN_PROCESS,),
     ),
     _row(
         "0.10.2",

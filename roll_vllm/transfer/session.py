@@ -25,7 +25,10 @@ class Receiver(Protocol):
     """The part of the rollout engine that takes weights."""
 
     vllm_config: Any
-    generation: str
+
+    @property
+    def generation(self) -> str:
+        """The engine's generation, ``V0`` or ``V1``."""
 
     def update_parameter_in_bucket(self, serialized_named_tensors: Sequence[bytes]) -> Awaitable[None]:
         """Load one bucket."""

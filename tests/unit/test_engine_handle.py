@@ -332,7 +332,8 @@ def test_an_update_that_cannot_begin(handle: EngineHandle) -> None:
 
 
 def test_an_update_that_cannot_end(handle: EngineHandle) -> None:
-    handle.engine.commit_error = LookupError("incomplete")
+    fake: Any = handle.engine
+    fake.commit_error = LookupError("incomplete")
 
     async def test() -> None:
         async with handle.weight_update():
@@ -456,7 +457,8 @@ def test_room_is_made_before_the_new_engine_starts(pool: EnginePool) -> None:
 
 def test_a_dead_engine_is_replaced(pool: EnginePool) -> None:
     dead = pool.shared(config("a"), create)
-    dead.engine.errored = True
+    fake: Any = dead.engine
+    fake.errored = True
     new = pool.shared(config("a"), create)
     assert new is not dead
     assert (shut_down(dead), engine_threads()) == (1, 1)
