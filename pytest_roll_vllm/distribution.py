@@ -248,12 +248,13 @@ class Distribution:
     def _environ(self, column: Column) -> dict[str, str]:
         """The variables for a version: on a CPU its share of the cores, for which its threads must not be bound.
 
-        Threads of several engines that wait for each other on the same cores take several times as long.
+        Threads of several engines that wait for each other on the same cores take several times as long, and so
+        does everything beside ranks that wait for work at full speed.
         """
         if self._threads is None:
             return _ENVIRON
         unbound = backends.get(column.route.backend).worker_environment(column.row.release, os.environ, _RANKS)
-        return {**_ENVIRON, **unbound, "OMP_NUM_THREADS": str(self._threads)}
+        return {**_ENVIRON, **unbound, "OMP_NUM_THREADS": str(self._threads), "VLLM_SLEEP_WHEN_IDLE": "1"}
 
     def _lose(self, label: str, why: str) -> None:
         self._config.stash[RECORDER].lose(label, why)
