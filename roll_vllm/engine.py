@@ -98,10 +98,17 @@ class RolloutEngine(ABC):
         engine._session_open = engine._implicit_open = False
         try:
             await engine.custom_init_worker()
+            engine._check_patches()
         except BaseException:
             engine.shutdown()
             raise
         return engine
+
+    def _check_patches(self) -> None:
+        """Raise what a process could only record, because vLLM passes no error of a plugin on."""
+        for record in self.patch_records():
+            if record.error:
+                raise RollVllmError(f"process {record.pid} ({record.role}) runs without its patches: {record.error}")
 
     if TYPE_CHECKING:
 

