@@ -93,11 +93,23 @@ async def test_partial_outputs_survive(
             assert len(completion.logprobs) == len(completion.token_ids)
 
 
-@contract(
+leaves_nothing = contract(
     "abort-leaves-no-state",
     "After many aborts and cancellations, also of n>1, neither the frontend nor the scheduler keeps anything.",
     references=("vllm-project/vllm#14326", "vllm-project/vllm#51629", "vllm-project/vllm#57062"),
 )
+
+
+@leaves_nothing
+async def test_walking_away_ends_the_request(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
+    stream = vllm_engine.stream(prompts[1], request_id="left", **LONG)
+    await anext(stream)
+    await stream.aclose()
+    assert vllm_engine.unfinished_requests() == {"requests": 0, "parents": 0}
+    assert await vllm_engine.reset_prefix_cache(), "the scheduler still holds blocks"
+
+
+@leaves_nothing
 async def test_nothing_is_left(vllm_engine: EngineHandle, vllm_trainer: Trainer, prompts: list[list[int]]) -> None:
     draw = random.Random(2)
 

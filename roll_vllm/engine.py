@@ -161,6 +161,10 @@ class RolloutEngine(ABC):
                 async for output in outputs:
                     output.weight_version = self._versions.get(request_id, self.weight_version)
                     yield output
+        except GeneratorExit:
+            # 0.8.4 ends a request whose caller was cancelled while it waited, but not one whose caller walked away.
+            await self.abort(request_id)
+            raise
         except Exception as error:
             # From 0.10.2 on vLLM wraps whatever add_request raises; ours says more than the wrapper.
             own = error if isinstance(error, (AbortedWhileWaiting, RollVllmError)) else error.__cause__
