@@ -102,7 +102,7 @@ leaves_nothing = contract(
 
 @leaves_nothing
 async def test_walking_away_ends_the_request(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
-    stream = vllm_engine.stream(prompts[1], request_id="left", **LONG)
+    stream: Any = vllm_engine.stream(prompts[1], request_id="left", **LONG)
     await anext(stream)
     await stream.aclose()
     assert vllm_engine.unfinished_requests() == {"requests": 0, "parents": 0}
