@@ -81,7 +81,8 @@ class Distribution:
         self._require_xdist()
         self._device = self._detect()
         self.columns, self._problems = self._plan()
-        self._limit, self._own = self._take_over_xdist()
+        limit, self._own = self._take_over_xdist()
+        self._limit = min(limit, len(self.columns) + len(self._own))
         together = min(self._limit, len(self.columns))
         cpu = self._device.kind == "cpu"
         self._threads = max(1, devices.Probe().cores() // together) if cpu and together > 1 else None

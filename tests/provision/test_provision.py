@@ -79,8 +79,7 @@ def test_from_an_installed_copy(tmp_path: Path) -> None:
     assert report["exit_status"] == 0, printed
     assert report["vllm"]["version"].startswith("0.12.0")
     assert outcomes(report) == {"passed"}
-    (environment,) = tmp_path.glob("cache/pytest-roll-vllm/envs/0.12.0-*")
-    assert [*environment.glob("lib/python*/site-packages/conformance/__init__.py")]
+    assert [*tmp_path.glob("cache/pytest-roll-vllm/envs/0.12.0-*/lib/python*/site-packages/conformance/__init__.py")]
 
 
 @pytest.mark.parametrize("version", ["0.8.4", "0.12.0"])
