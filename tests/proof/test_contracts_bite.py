@@ -16,6 +16,7 @@ from tests.saboteurs import SABOTEURS, Saboteur
 
 def end_fresh_engines(pool: EnginePool) -> None:
     """Close the lifecycle engine, so that the next test starts its own."""
+    pool.keep.pop("fresh failures", None)
     for fresh in pool.keep.pop("fresh", []):
         pool.end(fresh.handle)
 

@@ -18,8 +18,13 @@ def one_environment_for_all(engine: Any) -> Iterator[None]:
     """The user's allocator options reach the workers, all share one cache root, and nothing is put back."""
     from roll_vllm import environment
 
+    honest = environment.worker_environment
+
     def shared(**given: Any) -> dict[str, str]:
+        # Without its binding of threads the engine would not even start.
+        kept = {name: value for name, value in honest(**given).items() if name == "VLLM_CPU_OMP_THREADS_BIND"}
         return {
+            **kept,
             "PYTORCH_CUDA_ALLOC_CONF": given["environ"].get("PYTORCH_CUDA_ALLOC_CONF", ""),
             "VLLM_CACHE_ROOT": given["environ"].get("VLLM_CACHE_ROOT", "/tmp"),
             "FLASHINFER_WORKSPACE_BASE": given["environ"].get("VLLM_CACHE_ROOT", "/tmp"),

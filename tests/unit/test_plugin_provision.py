@@ -184,9 +184,10 @@ def test_uv_of_a_python_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_what_is_known_twice_agrees() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    checkout = Path(__file__).parents[2]  # the package itself may be installed elsewhere
+    project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == provision.PYTHON
-    overrides = (ROOT / "requirements/override-smollm2.txt").read_text(encoding="utf-8").splitlines()
+    overrides = (checkout / "requirements/override-smollm2.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in overrides if not line.startswith("#")] == [*provision.SMOLLM2_OVERRIDES]
 
 
