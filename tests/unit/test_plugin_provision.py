@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from plugin_harness import ROOT, Inner
+from plugin_harness import Inner
 
 from pytest_roll_vllm import provision
 from pytest_roll_vllm.provision import Environment, ProvisionError, Recipe
