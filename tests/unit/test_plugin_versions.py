@@ -463,9 +463,9 @@ def test_stopped_at_the_first_failure(provisioned: Inner) -> None:
         @pytest.mark.parametrize("number", range(50))
         def test_later(number): time.sleep(0.2)
     """
-    begun = time.monotonic()
     document = provisioned.report(*PROVISION, *BOTH, "-x", source=source)
-    assert time.monotonic() - begun < 10
+    for run in document["runs"]:
+        assert [test["outcome"] for test in run["contracts"]["b-later"]["tests"]].count("passed") < 25
     assert {outcomes(run)["b-later"] for run in document["runs"]} == {"could not run"}
     assert "failed" in {outcomes(run)["a-fail"] for run in document["runs"]}
 
