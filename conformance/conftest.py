@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from conformance.worker import QUALNAME
 from pytest_roll_vllm.models import Model
+from pytest_roll_vllm.options import Settings
 from pytest_roll_vllm.trainer import Trainer
+
+
+@pytest.fixture
+def vllm_engine_args(vllm_engine_args: dict[str, Any], vllm_settings: Settings) -> dict[str, Any]:
+    """With the suite's questions to workers. All engines of the runtime have them: V0 mixes one extension into a
+    worker class that all engines of a process share, and refuses a second one."""
+    if vllm_settings.missing("runtime"):
+        return vllm_engine_args
+    return {"worker_extension_cls": QUALNAME, **vllm_engine_args}
 
 
 @pytest.fixture
@@ -21,8 +33,8 @@ def continuous_trainer(
     The counting model's answer looks at the last token only, so it cannot tell a stale KV cache; random
     weights of the same shape can, and the same engine takes them.
     """
-    twin = {"counting": "random", "counting-tied": "random-tied"}.get(vllm_model.name)
-    return vllm_trainer_factory(vllm_model_factory(twin) if twin else vllm_model)
+    kind, dash, body = vllm_model.name.partition("-")
+    return vllm_trainer_factory(vllm_model_factory(f"random{dash}{body}") if kind == "counting" else vllm_model)
 
 
 @pytest.fixture

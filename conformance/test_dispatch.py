@@ -19,6 +19,7 @@ from roll_vllm import BucketSender, RollVllmError, create_async_llm, versions
     "vd-range-resolved",
     "Every spelling of a tested version finds its row, any other is announced as untested; never by comparing text.",
     references=("alibaba/ROLL worker.py: '0.10.2' < '0.8.5'",),
+    needs=("runtime",),
 )
 def test_versions_resolve(vllm_version: str, caplog: pytest.LogCaptureFixture) -> None:
     row = versions.resolve(vllm_version)
@@ -46,6 +47,7 @@ async def _send(engine: EngineHandle, weights: dict[str, Any]) -> None:
     "err-actionable",
     "Every refusal names the cause and the remedy, the rank or the parameter, and the engine stays usable or says not.",
     references=("vllm-project/vllm#49237", "verl-project/verl#7859"),
+    needs=("runtime",),
 )
 async def test_refusals_say_what_to_do(
     vllm_engine: EngineHandle, vllm_trainer: Trainer, vllm_engine_args: dict[str, Any], tmp_path: Path
@@ -71,7 +73,7 @@ async def test_refusals_say_what_to_do(
         (lambda: engine.add_lora(lora), ["LoRA", "enable_lora=True"]),
         (lambda: engine.update_parameter_in_bucket([payload()], is_lora=True), ["LoRA", "enable_lora=True"]),
         (lambda: engine.update_parameter_in_bucket([]), ["one payload for each rank"]),
-        (lambda: engine.update_parameter_in_bucket([b"\x80\x04."]), ["BucketSender", "Pickled", "rank 0"]),
+        (lambda: engine.update_parameter_in_bucket([b"\x80\x04."]), ["BucketSender", "pickle", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(size=8)]), [name, "metadata", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(segment="/etc/passwd")]), ["segment", "rank 0"]),
         (lambda: engine.update_parameter_in_bucket([payload(tensors=[[name, "float32", [1 << 40], 0]])]), [name]),
@@ -87,7 +89,7 @@ async def test_refusals_say_what_to_do(
         (lambda: create_async_llm(model=str(tmp_path)), [str(tmp_path), "config.json"]),
         (lambda: create_async_llm(), ["model"]),
         (lambda: create_async_llm([object()], **vllm_engine_args), ["ray", "resource_placement_groups"]),
-        (lambda: create_async_llm(**vllm_engine_args, worker_extension_cls="os.path"), ["worker_extension_cls"]),
+        (lambda: create_async_llm(**{**vllm_engine_args, "worker_extension_cls": "os.path"}), ["worker_extension_cls"]),
     ]
     with sender:
         for call, words in cases:

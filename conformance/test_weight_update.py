@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.oracles import TRANSPORTS, assert_holds, assert_parity, assert_says, completed
+from conformance.oracles import TRANSPORTS, answers, assert_holds, assert_parity, assert_says, completed, refusal
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle
 from pytest_roll_vllm.models import Model
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     "wu-a-b-a",
     "Weights A, then B, then A again: B answers otherwise, and A answers and checks as before, by every transport.",
     references=("vllm-project/vllm#32718", "huggingface/trl#5312"),
+    needs=("update", "checksum"),
 )
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_there_and_back(
     vllm_engine: EngineHandle, vllm_trainer: Trainer, prompts: list[list[int]], transport: str
 ) -> None:
     a = vllm_trainer.reference_version
-    said, sums = await vllm_engine.greedy(prompts, 12), await vllm_engine.checksums()
+    said, sums = await answers(vllm_engine, vllm_trainer, prompts, 12), await vllm_engine.checksums()
     await assert_holds(vllm_engine, vllm_trainer, a)
     await vllm_trainer.push(vllm_engine, a + 4, transport=transport)
     await assert_holds(vllm_engine, vllm_trainer, a + 4)
-    other = await vllm_engine.greedy(prompts, 12)
+    other = await answers(vllm_engine, vllm_trainer, prompts, 12)
     different = sum(one != two for one, two in zip(said, other, strict=True))
     assert different >= 0.9 * len(prompts), f"only {different} of {len(prompts)} answers changed with the weights"
     await vllm_trainer.push(vllm_engine, a, transport=transport)
-    assert await vllm_engine.greedy(prompts, 12) == said
+    assert await answers(vllm_engine, vllm_trainer, prompts, 12) == said
     assert await vllm_engine.checksums() == sums
 
 
@@ -46,6 +47,7 @@ every_parameter = contract(
     "A full update moves every parameter; a tensor that matches nothing and a parameter that nothing reached "
     "are errors; a tied head follows its embeddings.",
     references=("vllm-project/vllm#48312", "PrimeIntellect-ai/prime-rl#2714", "Tencent-Hunyuan/UniRL#166"),
+    needs=("update", "checksum"),
 )
 
 
@@ -62,6 +64,7 @@ async def test_every_parameter_moves(vllm_engine: EngineHandle, vllm_trainer: Tr
 
 
 @every_parameter
+@pytest.mark.vllm_needs("update.checked", "state")
 @pytest.mark.parametrize("mistake", ["renamed", "missing", "extra"])
 async def test_mismatched_names_are_errors(vllm_engine: EngineHandle, vllm_trainer: Trainer, mistake: str) -> None:
     weights = vllm_trainer.weights(vllm_trainer.reference_version + 1)
@@ -71,9 +74,9 @@ async def test_mismatched_names_are_errors(vllm_engine: EngineHandle, vllm_train
         del weights[victim]
     if mistake != "missing":
         weights[f"{victim}_unknown"] = tensor
-    with pytest.raises(WeightUpdateError, match=victim.rpartition(".")[2] if mistake == "missing" else "_unknown"):
-        async with vllm_engine.weight_update() as update:
-            await update.send(weights)
+    named = victim.rpartition(".")[2] if mistake == "missing" else "_unknown"
+    with pytest.raises(refusal(vllm_engine), match=named):
+        await vllm_engine.update(weights)
     assert (await vllm_engine.state()).weights is not WeightsStatus.COMPLETE
     await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version)
     await assert_holds(vllm_engine, vllm_trainer, vllm_trainer.reference_version)
@@ -94,18 +97,17 @@ class TestTied:
         weights = vllm_trainer.weights(version)
         if send_head:
             weights = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(), **weights}
-        async with vllm_engine.weight_update() as update:
-            await update.send(weights)
+        await vllm_engine.update(weights)
         await assert_holds(vllm_engine, vllm_trainer, version)
 
     @every_parameter
+    @pytest.mark.vllm_needs("update.checked")
     @pytest.mark.vllm_engine_key("counting-tied")
     async def test_contradicting_head_is_an_error(self, vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
         weights = vllm_trainer.weights(vllm_trainer.reference_version)
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
-        with pytest.raises(WeightUpdateError, match="tie"):
-            async with vllm_engine.weight_update() as update:
-                await update.send(weights)
+        with pytest.raises(refusal(vllm_engine), match="tie"):
+            await vllm_engine.update(weights)
 
 
 def splits(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, list[dict[str, torch.Tensor]]]]:
@@ -120,20 +122,36 @@ def splits(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, list[dict[st
     )
 
 
-@contract(
+repeats = contract(
     "wu-repeat-and-split-invariant",
     "Loading the same weights again, and in any split and order, always gives the same parameters and answers.",
     references=("vllm-project/vllm#42821", "NovaSky-AI/SkyRL#1680", "verl-project/verl#7904"),
+    needs=("update", "checksum"),
 )
-async def test_repeats_and_splits_agree(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+
+
+@repeats
+async def test_repeats_agree(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
     version = vllm_trainer.reference_version
-    weights = vllm_trainer.weights(version)
     sums = await vllm_engine.checksums()
     for round_number in range(5):
         # Other weights in between, so that a load which does nothing cannot pass.
         await vllm_trainer.push(vllm_engine, version + 1 + round_number)
         await vllm_trainer.push(vllm_engine, version)
         assert await vllm_engine.checksums() == sums, f"round {round_number + 1} gave other parameters"
+    # The checkpoint's order is any: a dictionary from a trainer is in the order of its modules.
+    await vllm_trainer.push(vllm_engine, version + 1)
+    await vllm_engine.update(dict(reversed(vllm_trainer.weights(version).items())))
+    assert await vllm_engine.checksums() == sums, "the reversed order gave other parameters"
+    await assert_says(vllm_engine, vllm_trainer, version)
+
+
+@repeats
+@pytest.mark.vllm_needs("runtime")
+async def test_splits_agree(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+    version = vllm_trainer.reference_version
+    weights = vllm_trainer.weights(version)
+    sums = await vllm_engine.checksums()
     for name, calls in splits(weights):
         await vllm_trainer.push(vllm_engine, version + 1)
         async with vllm_engine.weight_update() as update:
@@ -154,6 +172,7 @@ async def test_repeats_and_splits_agree(vllm_engine: EngineHandle, vllm_trainer:
     "wu-invalidates-prefix-cache",
     "After an update a prompt that was cached under the old weights is computed anew.",
     references=("vllm-project/vllm#9744", "NVIDIA-NeMo/RL#4018"),
+    needs=("update",),
 )
 async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Trainer) -> None:
     version = continuous_trainer.reference_version
@@ -167,9 +186,10 @@ async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Tr
     sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4, "logprobs": 5}
     first, cached = await completed(vllm_engine, prompt, **sampling)
     assert cached == 0, f"{cached} tokens came from the old weights' cache"
-    await vllm_engine.reset_prefix_cache()
-    cold = await vllm_engine.complete(prompt, **sampling)
-    assert first.outputs[0].logprobs == cold.outputs[0].logprobs, "the first answer is not that of a cold engine"
+    if "cache.reset" in vllm_engine.supported:
+        await vllm_engine.reset_prefix_cache()
+        cold = await vllm_engine.complete(prompt, **sampling)
+        assert first.outputs[0].logprobs == cold.outputs[0].logprobs, "the first answer is not that of a cold engine"
     await assert_parity(vllm_engine, continuous_trainer, version + 1, [prompt], max_tokens=8)
 
 
@@ -177,6 +197,7 @@ async def test_no_stale_prefix(vllm_engine: EngineHandle, continuous_trainer: Tr
     "wu-cache-reset-not-ignored",
     "A prefix cache that cannot be emptied, because a request runs, is reported as such; once it has ended it can.",
     references=("vllm-project/vllm#28827", "NVIDIA-NeMo/RL#3839"),
+    needs=("abort", "cache.reset"),
 )
 async def test_refused_reset_is_reported(vllm_engine: EngineHandle, prompts: list[list[int]]) -> None:
     running = asyncio.Event()
@@ -197,15 +218,16 @@ async def test_refused_reset_is_reported(vllm_engine: EngineHandle, prompts: lis
     "wu-while-asleep",
     "An update sent to a sleeping engine wakes the weights first; it is neither lost nor a crash.",
     references=("vllm-project/vllm#57853",),
+    needs=("update", "sleep", "sleep.level2", "state"),
 )
 @pytest.mark.parametrize("level", [1, 2])
 async def test_update_while_asleep(vllm_engine: EngineHandle, vllm_trainer: Trainer, level: int) -> None:
     version = vllm_trainer.reference_version + 5
-    await vllm_engine.offload_states(level)
+    await vllm_engine.sleep(level)
     await vllm_trainer.push(vllm_engine, version)
     state = await vllm_engine.state()
     assert state.sleeping == {"kv_cache"}, "the weights must be awake after an update, the KV cache still asleep"
-    await vllm_engine.load_states()
+    await vllm_engine.wake_up()
     await assert_holds(vllm_engine, vllm_trainer, version)
 
 
@@ -214,6 +236,7 @@ fail_closed = contract(
     "A complete update raises the weight version by one, outputs carry it; a failed one leaves the engine "
     "inconsistent, and it refuses to generate until a complete one.",
     references=("vllm-project/vllm#49040", "vllm-project/vllm#48312"),
+    needs=("runtime",),
 )
 
 

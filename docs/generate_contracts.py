@@ -1,18 +1,18 @@
 """Writes contracts.md: every contract of the suite, the tests that prove it, and the saboteurs that prove the tests.
 
 ``python docs/generate_contracts.py`` writes the page; with ``--check`` it only says whether the page is up to date.
-Imports the modules of the suite as they are in this checkout, which takes neither vLLM nor torch.
+Collects the suite as it is in this checkout, which takes neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import pkgutil
+import io
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ COMMAND = "python docs/generate_contracts.py"
 sys.path.insert(0, str(ROOT))  # the suite of this checkout, not an installed one
 
 if TYPE_CHECKING:
-    from pytest_roll_vllm.contracts import Contract
+    from pytest_roll_vllm.catalogue import Entry, Module
     from tests.saboteurs import Saboteur
 
 INTRO = f"""\
@@ -37,25 +37,34 @@ broken on purpose, prove that the tests can fail: on each of them, the contracts
 
 The columns "versions" and "backends" say what a contract concerns, not what it was verified on; for that see the
 [support table](../README.md#support). To run one contract by its id:
-`pytest --pyargs conformance -m 'vllm_contract(id="wu-a-b-a")'`.
+`pytest --pyargs conformance -m 'vllm_contract(id="wu-a-b-a")'`. `pytest --vllm-contracts` lists them in a terminal.
 """
 
 
-@dataclass
-class Entry:
-    """A contract and the names of its test functions."""
+class _Collector:
+    """A plugin for pytest that takes the catalogue of what was collected."""
 
-    contract: Contract
-    tests: list[str] = field(default_factory=list)
+    found: Mapping[str, Module]
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        from pytest_roll_vllm.catalogue import modules
+
+        self.found = modules(session.items)
 
 
-def suite() -> dict[str, dict[str, Entry]]:
-    """Return the contracts by id, for each module of the suite that has any."""
-    import conformance
+@cache
+def suite() -> Mapping[str, Module]:
+    """Return the modules of the suite that have contracts, by name."""
+    import pytest
 
-    names = sorted(module.name for module in pkgutil.iter_modules(conformance.__path__))
-    modules = {name: _entries(f"conformance.{name}") for name in names if name.startswith("test_")}
-    return {name: entries for name, entries in modules.items() if entries}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    collector, output = _Collector(), io.StringIO()
+    arguments = ["--vllm-contracts", "-c", os.devnull, "-p", "pytest_roll_vllm.plugin", "-p", "no:cacheprovider"]
+    with redirect_stdout(output):
+        status = pytest.main([*arguments, str(ROOT / "conformance")], plugins=[collector])
+    if status:
+        raise SystemExit(f"the suite cannot be collected:\n{output.getvalue()}")
+    return {name.removeprefix("conformance."): module for name, module in collector.found.items()}
 
 
 def saboteurs() -> Mapping[str, Saboteur]:
@@ -68,37 +77,14 @@ def saboteurs() -> Mapping[str, Saboteur]:
 def page() -> str:
     """Return the text of the page."""
     parts = [INTRO]
-    for name, entries in suite().items():
-        parts.append(f"## {name}\n\n{_summary(import_module(f'conformance.{name}'))}\n")
-        parts.append(
-            _table(("id", "sentence", "versions", "backends", "tests", "saboteurs"), map(_row, entries.values()))
-        )
+    header = ("id", "sentence", "versions", "backends", "tests", "saboteurs")
+    for name, module in suite().items():
+        parts.append(f"## {name}\n\n{module.summary}\n")
+        parts.append(_table(header, map(_row, module.entries.values())))
     parts.append("## The saboteurs\n")
     rows = ((f"`{one.name}`", _damage(one), _codes(one.fails)) for _, one in sorted(saboteurs().items()))
     parts.append(_table(("saboteur", "what is broken", "contracts that must fail"), rows))
     return "\n".join(parts)
-
-
-def _entries(module: str) -> dict[str, Entry]:
-    from pytest_roll_vllm.contracts import Contract
-
-    entries: dict[str, Entry] = {}
-    for name, marks in _tests(import_module(module)):
-        arguments = next((mark.kwargs for mark in marks if mark.name == "vllm_contract"), None)
-        if arguments is not None:
-            contract = Contract(**arguments)
-            entries.setdefault(contract.id, Entry(contract)).tests.append(name)
-    return entries
-
-
-def _tests(scope: Any, outer: tuple[Any, ...] = (), prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield the name and the marks, the closest first, of every test of a module or class."""
-    for name, value in vars(scope).items():
-        marks = (*getattr(value, "pytestmark", ()), *outer)
-        if inspect.isclass(value) and name.startswith("Test"):
-            yield from _tests(value, marks, f"{name}::")
-        elif inspect.isfunction(value) and name.startswith("test_"):
-            yield prefix + name, marks
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -115,13 +101,10 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 
 def _damage(one: Saboteur) -> str:
+    from pytest_roll_vllm.catalogue import summary
     from tests.saboteurs.worker import BREAKAGES
 
-    return _summary(BREAKAGES.get(one.name, one.breakage))
-
-
-def _summary(documented: Any) -> str:
-    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
+    return summary(BREAKAGES.get(one.name, one.breakage))
 
 
 def _codes(names: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ from pytest_roll_vllm.options import RUN, SETTINGS, Settings, usage_error
 from pytest_roll_vllm.progress import Progress
 from pytest_roll_vllm.provision import Environment, ProvisionError
 from pytest_roll_vllm.report import RECORDER
+from pytest_roll_vllm.terminal import expectations
+from pytest_roll_vllm.waiting import clear, waiting
 from roll_vllm import backends, devices, environment
 from roll_vllm.devices import Device
 from roll_vllm.errors import ConfigurationError
@@ -100,6 +102,7 @@ class Distribution:
             f"model: {self._settings.model}",
             f"vllm cache: {self._settings.cache_dir}",
             f"environments: {self._settings.envs_dir}",
+            *expectations(self._settings),
         ]
 
     # -- before the run -------------------------------------------------------------------------------------
@@ -222,7 +225,8 @@ class Distribution:
             smollm2 = self._settings.model.value == "smollm2"
             try:
                 recipe = provision.recipe(column.row, column.route, uv, directory, smollm2=smollm2, plugins=plugins)
-                found = provision.provide(recipe, uv, directory, partial(self._say, label))
+                with waiting(f"provisioning {label}"):
+                    found = provision.provide(recipe, uv, directory, partial(self._say, label))
             except (ProvisionError, OSError) as error:
                 self._problems[label] = f"its environment could not be made: {error}"
                 self._say(label, self._problems[label])
@@ -264,5 +268,6 @@ class Distribution:
     def _say(self, label: str, text: str) -> None:
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
         if reporter:
+            clear()
             reporter.ensure_newline()
             reporter.write_line(f"{label}: {text}" if label else text)

@@ -10,17 +10,23 @@ import asyncio
 import functools
 import inspect
 import json
+import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pytest_roll_vllm.targets import CAPABILITIES
+from pytest_roll_vllm.waiting import waiting
+
 if TYPE_CHECKING:
+    from pytest_roll_vllm.targets import Target
     from roll_vllm.engine import RolloutEngine
 
 T = TypeVar("T")
@@ -47,28 +53,36 @@ class LoopThread:
 
 
 class EngineHandle:
-    """A rollout engine that can be used from any event loop, and from plain tests through :meth:`run`.
+    """A target that can be used from any event loop, and from plain tests through :meth:`run`.
 
-    Every attribute of the engine is there: coroutine methods are awaited, ``generate`` is iterated and
-    ``weight_update`` entered as on the engine itself.
+    Every attribute of the target is there, and of the rollout engine where that is the target: coroutine methods are
+    awaited, ``generate`` is iterated and ``weight_update`` entered as on the engine itself.
 
     Attributes:
-        engine: the engine itself; touch it only on its own loop.
-        pushed: the (model name, version, weight version) that a trainer pushed last.
+        target: what is tested; touch it only on its own loop.
+        engine: the rollout engine in it, or the target itself if it is another.
+        pushed: what a trainer pushed last, and what it was called then: see ``Trainer.push``.
+        supported: the capabilities that the target has here.
     """
 
-    def __init__(self, engine: Any, thread: LoopThread) -> None:
-        self.engine: RolloutEngine = engine
-        self.pushed: tuple[str, int, int] | None = None
+    def __init__(self, target: Any, thread: LoopThread, supported: Iterable[str] = CAPABILITIES) -> None:
+        self.target: Target = target
+        self.engine: RolloutEngine = getattr(target, "rollout_engine", target)
+        self.pushed: tuple[Any, ...] | None = None
+        self.supported = frozenset(supported)
         self._thread = thread
+        self._running: set[str] = set()
+        self._closed = False
 
     @classmethod
-    def start(cls, create: Callable[[], Coroutine[Any, Any, Any]]) -> EngineHandle:
-        """Start an engine on a new loop thread and wait until it is up."""
+    def start(
+        cls, create: Callable[[], Coroutine[Any, Any, Any]], supported: Iterable[str] = CAPABILITIES
+    ) -> EngineHandle:
+        """Start a target on a new loop thread and wait until it is up."""
         _outlive_engines()
         thread = LoopThread("vllm-engine")
         try:
-            return cls(thread.submit(create()).result(), thread)
+            return cls(thread.submit(create()).result(), thread, supported)
         except BaseException:
             thread.stop()
             raise
@@ -82,18 +96,22 @@ class EngineHandle:
         return asyncio.run(waiting())
 
     def close(self) -> None:
-        """Shut the engine down and stop its loop."""
+        """Shut the engine down and stop its loop; harmless when that is done."""
 
         async def shutdown() -> None:
-            self.engine.shutdown()
+            await self.target.shutdown()
 
+        if self._closed:
+            return
+        self._closed = True
         try:
-            self._thread.submit(shutdown()).result(timeout=60)
+            with waiting("stopping engine"):
+                self._thread.submit(shutdown()).result(timeout=60)
         finally:
             self._thread.stop()
 
     def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.engine, name)
+        attribute = getattr(self.engine if hasattr(self.engine, name) else self.target, name)
         if inspect.iscoroutinefunction(attribute):
             return functools.partial(self._call, attribute)
         if inspect.isasyncgenfunction(inspect.unwrap(attribute)):
@@ -103,7 +121,7 @@ class EngineHandle:
     async def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
         return await asyncio.wrap_future(self._thread.submit(function(*args, **kwargs)))
 
-    async def _iterate(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def _iterate(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         iterator = function(*args, **kwargs)
         end = object()
 
@@ -112,9 +130,10 @@ class EngineHandle:
 
         async def close() -> None:
             # A step that was cancelled here may still be unwinding there.
-            while iterator.ag_running:
+            while getattr(iterator, "ag_running", False):
                 await asyncio.sleep(0)
-            await iterator.aclose()
+            if hasattr(iterator, "aclose"):  # generators have it, other iterators need not
+                await iterator.aclose()
 
         try:
             while (item := await self._call(step)) is not end:
@@ -134,6 +153,25 @@ class EngineHandle:
                 raise
         else:
             await self._call(context.__aexit__, None, None, None)
+
+    def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """As ``Target.generate``."""
+        return self._iterate(self.engine.generate, *args, **kwargs)
+
+    async def update(self, weights: Mapping[str, Any], **options: Any) -> None:
+        """As ``Target.update``."""
+        await self._call(self.target.update, weights, **options)
+
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests; as ``Target.abort``, or for one."""
+        await self._call(self.target.abort, [request_ids] if isinstance(request_ids, str) else list(request_ids))
+
+    async def abort_all(self) -> None:
+        """End every request that was begun here."""
+        if hasattr(self.engine, "abort_all"):
+            await self._call(self.engine.abort_all)
+        elif self._running:
+            await self.abort(self._running)
 
     # -- what tests do all the time -------------------------------------------------------------------------
 
@@ -164,13 +202,17 @@ class EngineHandle:
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
         params = SamplingParams(**{"ignore_eos": True, **sampling})
-        # Closing this generator must reach the engine at once, not when the inner one is collected.
         named = {"request_id": request_id or uuid.uuid4().hex}
         if lora_request is not None:
             named["lora_request"] = lora_request
-        async with aclosing(self.generate(prompt, params, **named)) as outputs:
-            async for output in outputs:
-                yield output
+        self._running.add(named["request_id"])
+        try:
+            # Closing this generator must reach the engine at once, not when the inner one is collected.
+            async with aclosing(self.generate(prompt, params, **named)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self._running.discard(named["request_id"])
 
     async def greedy(self, prompts: Iterable[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """The greedy continuations of several prompts, generated together."""
@@ -205,6 +247,38 @@ def _outlive_engines() -> None:
         signal.signal(signal.SIGUSR1, lambda number, frame: None)  # not SIG_IGN, which children would inherit
 
 
+def eager_variables() -> dict[str, str]:
+    """What keeps vLLM from compiling in an engine that need not: it compiles some helpers with ``enforce_eager``, too.
+
+    On a CPU that takes every engine about ten seconds of a core.
+    """
+    return {"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")}
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments in JSON's types: what JSON does not know by its id if it has one, as Ray's groups do."""
+
+    def name(value: Any) -> str:
+        identity = getattr(getattr(value, "id", None), "hex", None)
+        return f"{type(value).__name__} {identity()}" if callable(identity) else repr(value)
+
+    converted: dict[str, Any] = json.loads(json.dumps(dict(arguments), default=name))
+    return converted
+
+
+def describe(arguments: Mapping[str, Any]) -> str:
+    """Name an engine by the model's architecture, its ranks and their executor: ``Qwen2ForCausalLM tp=2 mp``."""
+    model = Path(arguments["model"])
+    try:
+        name = json.loads((model / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError):
+        name = model.name
+    sizes = (("tp", "tensor_parallel_size"), ("pp", "pipeline_parallel_size"))
+    ranks = [f"{short}={arguments[size]}" for short, size in sizes if arguments.get(size, 1) != 1]
+    executor = arguments.get("distributed_executor_backend") or ""  # a name, or a class
+    return " ".join(filter(None, [name, *ranks, getattr(executor, "__name__", executor)]))
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What makes two engines the same: the model directory and the arguments."""
@@ -215,7 +289,7 @@ class EngineConfig:
     @classmethod
     def of(cls, model: str, arguments: Mapping[str, Any]) -> EngineConfig:
         """The configuration of an engine on the model directory with these arguments."""
-        return cls(model, json.dumps(dict(arguments), sort_keys=True, default=repr))
+        return cls(model, json.dumps(plain(arguments), sort_keys=True))
 
 
 @dataclass
@@ -224,11 +298,13 @@ class EnginePool:
 
     Attributes:
         limit: the most shared engines alive at once; with 0 none stays alive beside another engine.
+        supported: the capabilities that the engines' target has here.
         starts: seconds that each start took, the pool's and those of :meth:`start`, in order.
         keep: what tests share for as long as the pool lives, under names of their own.
     """
 
     limit: int = 2
+    supported: Iterable[str] = tuple(CAPABILITIES)
     starts: list[float] = field(default_factory=list)
     keep: dict[str, Any] = field(default_factory=dict)
     _shared: dict[EngineConfig, EngineHandle] = field(default_factory=dict)
@@ -248,12 +324,18 @@ class EnginePool:
         self._shared[config] = handle
         return handle
 
+    def drop(self, handle: EngineHandle) -> None:
+        """Close an engine from :meth:`shared`; whoever asks for it next gets a new one."""
+        for config in [config for config, shared in self._shared.items() if shared is handle]:
+            del self._shared[config]
+            handle.close()
+
     def start(self, create: Callable[[], Coroutine[Any, Any, Any]]) -> EngineHandle:
         """A new engine that belongs to the caller; the pool closes it at the latest in :meth:`close`."""
         while self._shared and not self.limit:
             self._shared.popitem()[1].close()
         begun = time.monotonic()
-        handle = EngineHandle.start(create)
+        handle = EngineHandle.start(create, self.supported)
         self.starts.append(round(time.monotonic() - begun, 2))
         self._owned.append(handle)
         return handle

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pytest_roll_vllm.contracts import Contract, check_backends
-from pytest_roll_vllm.options import Settings
+from pytest_roll_vllm.contracts import Contract, check_backends, check_capabilities
+from pytest_roll_vllm.options import SETTING_NAMES, Settings, option_of
 from pytest_roll_vllm.outcomes import CONTRACT, NOT_APPLICABLE
 from roll_vllm import versions
 
@@ -29,12 +29,12 @@ def vllm_version(specifier: str) -> str:
     return specifier
 
 
-def vllm_backend(kind: str, *, count: int = 1) -> tuple[str, int]:
+def vllm_backend(kind: str, *, count: int = 1, reference: bool = True) -> tuple[str, int, bool]:
     """Check a call of the marker, and return its arguments."""
     check_backends([kind])
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"count is {count!r}, and must be a whole number above 0")
-    return kind, count
+    return kind, count, reference
 
 
 def vllm_generation(engine: str) -> str:
@@ -49,20 +49,38 @@ def vllm_engine_key(key: object) -> str:
     return repr(key)
 
 
+def vllm_needs(*capabilities: str) -> tuple[str, ...]:
+    """Check a call of the marker, and return its arguments."""
+    check_capabilities(capabilities)
+    return capabilities
+
+
+def vllm_on_request(setting: str) -> str:
+    """Check a call of the marker, and return its argument."""
+    if setting not in SETTING_NAMES:
+        raise ValueError(f"there is no setting {setting!r}; choose one of: {', '.join(SETTING_NAMES)}")
+    return setting
+
+
 _SIGNATURES: dict[str, Callable[..., Any]] = {
     "vllm_version": vllm_version,
     "vllm_backend": vllm_backend,
     "vllm_generation": vllm_generation,
     "vllm_contract": Contract,
+    "vllm_needs": vllm_needs,
+    "vllm_on_request": vllm_on_request,
     "vllm_engine_key": vllm_engine_key,
 }
 _USAGE = {
     "vllm_version": "vllm_version(specifier): run only with vLLM versions in the PEP 440 specifier",
-    "vllm_backend": "vllm_backend(kind, *, count=1): run only on devices of this kind, at least so many; "
-    "several kinds are alternatives",
+    "vllm_backend": "vllm_backend(kind, *, count=1, reference=True): run only on devices of this kind, at least so "
+    "many, and not on the reference platform if reference is False; several kinds are alternatives",
     "vllm_generation": "vllm_generation(engine): run only on engines of this generation, 'V0' or 'V1'",
-    "vllm_contract": "vllm_contract(id, sentence, *, versions, backends, references): "
+    "vllm_contract": "vllm_contract(id, sentence, *, versions, backends, references, needs): "
     "the test proves a contract; set it with pytest_roll_vllm.contracts.contract",
+    "vllm_needs": "vllm_needs(*capabilities): run only on a target that has these capabilities",
+    "vllm_on_request": "vllm_on_request(setting): run only if the user gave this setting, such as 'executors', "
+    "because it takes long",
     "vllm_engine_key": "vllm_engine_key(key): run next to the tests with the same key, "
     "because they can share an engine",
 }
@@ -103,6 +121,8 @@ def apply(items: Iterable[pytest.Item]) -> None:
     for item in filter(uses_plugin, items):
         calls(item, "vllm_backend")
         calls(item, "vllm_generation")
+        calls(item, "vllm_needs")
+        calls(item, "vllm_on_request")
         specifiers = calls(item, "vllm_version")
         # The closest one counts, so that a test in a class can have a contract of its own.
         for contract in calls(item, "vllm_contract")[:1]:
@@ -123,7 +143,14 @@ def apply(items: Iterable[pytest.Item]) -> None:
 
 def skip_unless_applicable(item: pytest.Item, settings: Settings) -> None:
     """Skip a test that is not meant for this version or backend, and record why."""
-    reason = _wrong_version(item, settings) or _wrong_backend(item, settings) or _wrong_generation(item, settings)
+    reason = (
+        _not_requested(item, settings)
+        or _wrong_version(item, settings)
+        or _wrong_backend(item, settings)
+        or _wrong_generation(item, settings)
+        or _wrong_executor(item, settings)
+        or _wrong_target(item, settings)
+    )
     if reason:
         item.user_properties.append((NOT_APPLICABLE, reason))
         pytest.skip(f"not applicable: {reason}")
@@ -173,6 +200,11 @@ def _call(item: pytest.Item, mark: pytest.Mark) -> Any:
         ) from error
 
 
+def _not_requested(item: pytest.Item, settings: Settings) -> str:
+    missing = [name for name in calls(item, "vllm_on_request") if not settings.all()[name].given]
+    return f"runs on request only, because it takes minutes: give {option_of(missing[0])}" if missing else ""
+
+
 def _wrong_version(item: pytest.Item, settings: Settings) -> str:
     contract = item.stash.get(CONTRACT_KEY, None)
     wanted = calls(item, "vllm_version") + ([contract.versions] if contract else [])
@@ -190,8 +222,10 @@ def _wrong_version(item: pytest.Item, settings: Settings) -> str:
 def _wrong_backend(item: pytest.Item, settings: Settings) -> str:
     contract = item.stash.get(CONTRACT_KEY, None)
     needed: dict[str, int] = {}  # different kinds are alternatives; of one kind, the largest count is needed
-    for kind, count in calls(item, "vllm_backend"):
+    reference = True
+    for kind, count, also_reference in calls(item, "vllm_backend"):
         needed[kind] = max(count, needed.get(kind, 0))
+        reference = reference and also_reference
     if contract is None and not needed:
         return ""
     device = settings.device
@@ -200,6 +234,8 @@ def _wrong_backend(item: pytest.Item, settings: Settings) -> str:
         return f"needs {' or '.join(contract.backends)}, {found}"
     if needed and needed.get(device.kind, device.count + 1) > device.count:
         return f"needs {' or '.join(f'{count} {kind}' for kind, count in needed.items())}, {found}"
+    if not reference and device.backend == "cpu-reference":
+        return f"needs more than the reference platform, {found}"
     return ""
 
 
@@ -209,3 +245,18 @@ def _wrong_generation(item: pytest.Item, settings: Settings) -> str:
     if found is None or all(one == found for one in wanted):  # none without a vLLM, which other checks notice
         return ""
     return f"needs a {' and '.join(wanted)} engine, found {found}"
+
+
+def _wrong_executor(item: pytest.Item, settings: Settings) -> str:
+    callspec = getattr(item, "callspec", None)
+    wanted = callspec.params.get("vllm_executor") if callspec else None
+    # Where the vLLM version has no such executor, or the user wants another one.
+    if wanted is None or not uses_plugin(item) or wanted in settings.wanted_executors:
+        return ""
+    return f"needs the executor {wanted}; this run tests {', '.join(settings.wanted_executors)}"
+
+
+def _wrong_target(item: pytest.Item, settings: Settings) -> str:
+    contract = item.stash.get(CONTRACT_KEY, None)
+    needed = [*(contract.needs if contract else ()), *(name for call in calls(item, "vllm_needs") for name in call)]
+    return next(filter(None, map(settings.missing, needed)), "")

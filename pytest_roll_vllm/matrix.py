@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from pytest_roll_vllm.outcomes import OUTCOMES, Outcome
 
-_WORDS: dict[Outcome, str] = {
+WORDS: dict[Outcome, str] = {
     "passed": "ok",
     "failed": "FAILED",
     "known gap": "gap",
+    "expected skip": "skip",
     "not applicable": "n/a",
     "could not run": "not run",
 }
@@ -43,4 +44,4 @@ def _of(outcomes: Mapping[str, Outcome], name: str) -> list[Outcome]:
 
 def _cell(outcomes: Sequence[Outcome]) -> str:
     counts = Counter(outcomes)
-    return ", ".join(f"{counts[outcome]} {_WORDS[outcome]}" for outcome in OUTCOMES if counts[outcome]) or "-"
+    return ", ".join(f"{counts[outcome]} {WORDS[outcome]}" for outcome in OUTCOMES if counts[outcome]) or "-"

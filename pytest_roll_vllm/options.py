@@ -23,6 +23,7 @@ from pytest_roll_vllm.contracts import BACKENDS
 from roll_vllm.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from pytest_roll_vllm.targets import Target
     from roll_vllm.devices import Device
     from roll_vllm.versions import Installed, VersionRow
 
@@ -36,8 +37,15 @@ DISTRIBUTION = "roll-vllm-distribution"
 DEFAULT = "default"
 ALL = "all"
 
+EXECUTORS = ("mp", "ray")
+"""What can run the ranks of an engine: vLLM's processes on one host, or Ray's actors."""
+
+WALK_STEPS = 500
+"""Control calls of the random walk through an engine's states, unless the user wants more."""
+
 _CHOICES = ("auto", *BACKENDS, "cpu-reference")
 _DIRECTORIES = ("report", "cache_dir", "envs_dir")
+_REPEATED = {"version": " ", "expectations": os.pathsep}  # what stands between several values
 _HELP = {
     "version": (
         "X",
@@ -45,11 +53,42 @@ _HELP = {
     ),
     "backend": ("KIND", f"what to test on: {', '.join(_CHOICES)} (default: auto)"),
     "model": ("NAME_OR_PATH", "model to test with (default: counting)"),
-    "report": ("DIR", "directory to write report.json to (default: no report)"),
+    "target": (
+        "NAME",
+        "engine to test: an installed target such as roll_vllm or vllm, or module:attribute (default: roll_vllm)",
+    ),
+    "expectations": (
+        "FILE",
+        "TOML file of tests that must fail or be skipped, and why; may be given several times (default: none but ours)",
+    ),
+    "prove": ("", "prove the suite: run its contracts on targets that are broken on purpose"),
+    "saboteurs": ("MODULE", "module of the broken targets (default: tests.saboteurs)"),
+    "report": ("DIR", "directory to write report.json, .md and .html to (default: no report)"),
     "cache_dir": ("DIR", "directory for models and compiled code (default: pytest-roll-vllm in XDG cache)"),
     "provision": ("", "make an environment for each version that is asked for and not installed"),
     "envs_dir": ("DIR", "directory for such environments (default: pytest-roll-vllm/envs in XDG cache)"),
+    "executors": (
+        "NAMES",
+        f"executors to test engines of several ranks on, separated by commas: {', '.join(EXECUTORS)}, or all that the "
+        "vLLM version has; also runs the tests that take minutes (default: mp, without these)",
+    ),
+    "together": (
+        "N",
+        "how many engines to start at once where that is tested (default: one for each core, but 2 to 8)",
+    ),
+    "rounds": (
+        "N",
+        "how often to start engines together, and workers on one empty cache; also runs these tests (default: without)",
+    ),
+    "walk_steps": (
+        "N",
+        "how many control calls the random walk makes at least; given, another walk ends in a shutdown "
+        f"(default: {WALK_STEPS})",
+    ),
+    "ray_address": ("HOST:PORT", "a Ray cluster to use, which is not stopped (default: start a small one)"),
 }
+SETTING_NAMES = tuple(_HELP)
+_FLAGS = {"prove": "false", "provision": "false"}
 _YES = ("true", "1", "yes", "on")
 _NO = ("", "false", "0", "no", "off")
 
@@ -78,10 +117,19 @@ class Settings:
         version: The vLLM versions to test, separated by spaces; empty if the installed one will do.
         backend: ``auto``, a kind of device to test on, or ``cpu-reference``.
         model: Name or path of the model.
+        target: Name of the target, or where it is as ``module:attribute``.
+        expectations: Absolute paths of expectations files, with ``os.pathsep`` between them.
+        prove: Whether to prove the suite, as text.
+        saboteurs: Module of the broken targets for that.
         report: Directory of ``report.json`` as an absolute path; empty if no report is wanted.
         cache_dir: Directory of the caches as an absolute path.
         provision: Whether to make an environment for a version that is not installed, as text.
         envs_dir: Directory of these environments as an absolute path.
+        executors: The executors to test, separated by commas or spaces; empty for ``mp`` without what takes minutes.
+        together: How many engines to start at once where that is tested, as text; empty for what the cores can bear.
+        rounds: How often to start engines together, and workers on one empty cache, as text; empty for not at all.
+        walk_steps: How many control calls the random walk makes, as text; empty for :data:`WALK_STEPS`.
+        ray_address: Address of a Ray cluster; empty if the run is to start one.
         label: The name of this process's version and backend, in a worker of a run with environments.
         several: Whether that run has several of them.
         environ: Variables for such a worker, unless the user has set them.
@@ -90,10 +138,19 @@ class Settings:
     version: Setting
     backend: Setting
     model: Setting
+    target: Setting
+    prove: Setting
+    saboteurs: Setting
+    expectations: Setting
     report: Setting
     cache_dir: Setting
     provision: Setting
     envs_dir: Setting
+    executors: Setting
+    together: Setting
+    rounds: Setting
+    walk_steps: Setting
+    ray_address: Setting
     label: str = ""
     several: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -140,6 +197,27 @@ class Settings:
         with usage_error("engine"):
             return environment.engine_generation(self.installed.version, self.device.backend, os.environ)
 
+    @cached_property
+    def target_class(self) -> type[Target]:
+        """The class of the engine to test.
+
+        Raises:
+            pytest.UsageError: If there is none of that name, or it makes no sense.
+        """
+        from pytest_roll_vllm import targets
+
+        with usage_error(f"target {self.target}"):
+            return targets.resolve(self.target.value)
+
+    def missing(self, capability: str) -> str:
+        """Why contracts that need a capability do not concern the target on what is installed; empty if they do."""
+        from pytest_roll_vllm import targets
+
+        if self.installed is None:
+            return ""
+        here = (self.installed.version, self.device.backend, self.engine or "")
+        return targets.missing(self.target_class, capability, *here)
+
     @property
     def versions(self) -> tuple[str, ...]:
         """The versions to test, in the order given and each once; ``all`` stands for the tested ones.
@@ -183,12 +261,88 @@ class Settings:
         Raises:
             pytest.UsageError: If a setting is malformed.
         """
-        if self.provision.value.lower() not in _YES + _NO:
-            raise pytest.UsageError(f"{_option('provision')} is {self.provision}; choose true or false")
         wanted = self.versions
-        return self.provision.value.lower() in _YES and (
+        return self._is_on("provision") and (
             len(wanted) > 1 or (len(wanted) == 1 and not self._is_installed(wanted[0]))
         )
+
+    @property
+    def proves(self) -> bool:
+        """Whether this run proves the suite.
+
+        Raises:
+            pytest.UsageError: If the setting is malformed.
+        """
+        return self._is_on("prove")
+
+    def _is_on(self, flag: str) -> bool:
+        setting: Setting = getattr(self, flag)
+        if setting.value.lower() not in _YES + _NO:
+            raise pytest.UsageError(f"{option_of(flag)} is {setting}; choose true or false")
+        return setting.value.lower() in _YES
+
+    @property
+    def wanted_executors(self) -> tuple[str, ...]:
+        """The executors to test, in the order of :data:`EXECUTORS`.
+
+        Raises:
+            pytest.UsageError: If one is unknown.
+        """
+        from roll_vllm import versions
+
+        wanted = re.split(r"[\s,]+", self.executors.value.strip(" ,"))
+        if wanted == [""]:
+            return EXECUTORS[:1]
+        if wanted == [ALL]:
+            row = versions.resolve(self.installed.version) if self.installed else None
+            return EXECUTORS if row and row.ray else EXECUTORS[:1]
+        unknown = [one for one in wanted if one not in EXECUTORS]
+        if unknown:
+            raise pytest.UsageError(
+                f"{option_of('executors')} is {self.executors}: unknown {', '.join(unknown)}; choose from "
+                f"{', '.join(EXECUTORS)}"
+            )
+        return tuple(one for one in EXECUTORS if one in wanted)
+
+    @property
+    def engines_together(self) -> int:
+        """How many engines to start at once where that is tested.
+
+        Raises:
+            pytest.UsageError: If the setting is not a number, or fewer than two.
+        """
+        return self._number("together", 2, min(8, max(2, len(os.sched_getaffinity(0)))))
+
+    @property
+    def rounds_of_starts(self) -> int:
+        """How often to start engines together, and workers on one empty cache.
+
+        Raises:
+            pytest.UsageError: If the setting is not a number, or zero.
+        """
+        return self._number("rounds", 1, 1)
+
+    @property
+    def calls_of_walk(self) -> int:
+        """How many control calls the random walk makes.
+
+        Raises:
+            pytest.UsageError: If the setting is not a number, or zero.
+        """
+        return self._number("walk_steps", 1, WALK_STEPS)
+
+    def _number(self, name: str, least: int, default: int) -> int:
+        setting: Setting = getattr(self, name)
+        if not setting.value:
+            return default
+        if not setting.value.isdecimal() or int(setting.value) < least:
+            raise pytest.UsageError(f"{option_of(name)} is {setting}; give a number from {least} on")
+        return int(setting.value)
+
+    @property
+    def expectation_files(self) -> tuple[Path, ...]:
+        """The expectations files that the user gave."""
+        return tuple(map(Path, filter(None, self.expectations.value.split(os.pathsep))))
 
     @property
     def report_dir(self) -> Path | None:
@@ -256,6 +410,11 @@ class Settings:
                 self._check_version()
             if self.backend.value != "auto":
                 _ = self.device  # raises if there is none of this kind
+        if self.target.given:
+            _ = self.target_class  # raises if there is none of that name
+        if self.executors.given:
+            _ = self.wanted_executors  # raises if one is unknown
+        _ = self.engines_together, self.rounds_of_starts, self.calls_of_walk
         for name in _DIRECTORIES:
             setting = getattr(self, name)
             if setting.given:
@@ -275,7 +434,7 @@ class Settings:
         if len(self.versions) > 1:
             raise pytest.UsageError(
                 f"several vLLM versions are wanted ({self.version}), and one environment holds one. Either let "
-                f"the plugin make an environment for each: add {_option('provision')}. Or make them yourself, and "
+                f"the plugin make an environment for each: add {option_of('provision')}. Or make them yourself, and "
                 f"run pytest in each: `tox run -e {','.join(f'vllm{one}-cpu' for one in self.versions)}`."
             )
         (wanted,) = self.versions
@@ -284,7 +443,7 @@ class Settings:
         row = versions.resolve(wanted)
         found = self.installed
         what = f"{found.distribution} {found.version} is installed" if found else "no vLLM is installed"
-        made = f", add {_option('provision')}, or run the tox environment `vllm{row.release}-cpu`" if row else ""
+        made = f", add {option_of('provision')}, or run the tox environment `vllm{row.release}-cpu`" if row else ""
         fix = f"change it to {versions.base(found.version)} or drop it" if found else "drop it"
         raise pytest.UsageError(
             f"vLLM {wanted} is wanted (from {source}), but {what}. Either install the one wanted: "
@@ -314,10 +473,15 @@ def add_options(parser: pytest.Parser) -> None:
     for name, (metavar, text) in _HELP.items():
         help = f"{text}; environment: {_variable(name)}"
         how: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_const", "const": _YES[0]}
-        if name == "version":
+        if name in _REPEATED:
             how["action"] = "append"
-        group.addoption(_option(name), dest=f"vllm_{name}", help=help, **how)
-        parser.addini(f"vllm_{name}", f"as {_option(name)}")
+        group.addoption(option_of(name), dest=_full(name), help=help, **how)
+        parser.addini(_full(name), f"as {option_of(name)}")
+    group.addoption(
+        "--vllm-contracts",
+        action="store_true",
+        help="list the contracts of the suite, or of the selected tests, and run nothing; with -q their ids only",
+    )
 
 
 def read(config: pytest.Config) -> Settings:
@@ -367,35 +531,59 @@ def check_suite(config: pytest.Config) -> None:
         )
 
 
-def _option(name: str) -> str:
-    return f"--vllm-{name.replace('_', '-')}"
+def _full(name: str) -> str:
+    return name if name.startswith("ray_") else f"vllm_{name}"
+
+
+def option_of(name: str) -> str:
+    """Return the command-line option of a setting."""
+    return f"--{_full(name).replace('_', '-')}"
 
 
 def _variable(name: str) -> str:
-    return f"PYTEST_VLLM_{name.upper()}"
+    return f"PYTEST_{_full(name).upper()}"
 
 
 def _read(config: pytest.Config, name: str) -> Setting:
     here = config.invocation_params.dir
-    option: str | list[str] | None = config.getoption(f"vllm_{name}")
+    option: str | list[str] | None = config.getoption(_full(name))
     candidates: tuple[tuple[str | None, str, Path], ...] = (
-        (" ".join(option) if isinstance(option, list) else option, _option(name), here),
+        (_REPEATED[name].join(option) if isinstance(option, list) else option, option_of(name), here),
         (os.environ.get(_variable(name)), _variable(name), here),
-        (config.getini(f"vllm_{name}"), f"ini option vllm_{name}", config.rootpath),
+        (config.getini(_full(name)), f"ini option {_full(name)}", config.rootpath),
         (_default(name), DEFAULT, here),
     )
     # An empty value counts as not set: a CI job cannot always leave a variable out.
     for value, source, base in candidates:
+        if value and name in (*_DIRECTORIES, "expectations"):
+            paths = [value] if name in _DIRECTORIES else filter(None, value.split(os.pathsep))
+            try:
+                return Setting(os.pathsep.join(str(base / Path(path).expanduser()) for path in paths), source)
+            except RuntimeError as error:
+                raise pytest.UsageError(
+                    f"{Setting(value, source)}: there is no home directory ({error}); "
+                    "give an absolute path, or set HOME"
+                ) from error
         if value:
-            return Setting(str(base / Path(value).expanduser()) if name in _DIRECTORIES else value, source)
+            return Setting(value, source)
     return Setting("", DEFAULT)
 
 
 def _default(name: str) -> str:
     if name in ("cache_dir", "envs_dir"):
         part = "envs" if name == "envs_dir" else ""
-        return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pytest-roll-vllm", part))
-    return {"backend": "auto", "model": "counting", "provision": "false"}.get(name, "")
+        try:
+            home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        except RuntimeError:  # a user without a home, as in a container
+            return str(Path(tempfile.gettempdir(), f"pytest-roll-vllm-{os.getuid()}", part))
+        return str(Path(home, "pytest-roll-vllm", part))
+    return {
+        "backend": "auto",
+        "model": "counting",
+        "target": "roll_vllm",
+        "saboteurs": "tests.saboteurs",
+        **_FLAGS,
+    }.get(name, "")
 
 
 def _make_directory(name: str, setting: Setting, part: str = "") -> Path:
@@ -408,7 +596,7 @@ def _make_directory(name: str, setting: Setting, part: str = "") -> Path:
     except OSError as error:
         raise pytest.UsageError(
             f"cannot write to the directory {setting}: {error.strerror}. Make it writable, or choose "
-            f"another with {_option(name)} or {_variable(name)}."
+            f"another with {option_of(name)} or {_variable(name)}."
         ) from error
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import pytest
 
-from pytest_roll_vllm import coroutines, gaps, markers, options, report, terminal
+from pytest_roll_vllm import catalogue, coroutines, gaps, interruption, markers, options, report, terminal, waiting
 from pytest_roll_vllm.fixtures import *  # noqa: F403 - pytest finds fixtures in the plugin module
 
 # The suite is a package of its own, whose assertions pytest would not explain otherwise.
@@ -17,14 +17,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.add_options(parser)
 
 
+def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
+    return catalogue.show(config) if config.getoption("vllm_contracts") else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     markers.register(config)
     settings = config.stash[options.SETTINGS] = options.read(config)
     if config.getoption("help") or config.getoption("version"):
         return  # these must work whatever the settings are
+    if config.getoption("vllm_contracts"):
+        options.check_suite(config)
+        return  # likewise
     settings.check()
+    if settings.expectations.given:
+        gaps.declared(config)  # raises if there is something wrong with them
     if not settings.provisions:
         options.apply(config, settings)
+    if settings.proves:
+        from pytest_roll_vllm.proof.table import Proof
+
+        config.pluginmanager.register(Proof(config), "roll-vllm-proof")
     if not options.is_worker(config):
         options.check_suite(config)
         recorder = config.stash[report.RECORDER] = report.Recorder(config)
@@ -33,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
             from pytest_roll_vllm.distribution import Distribution
 
             config.pluginmanager.register(Distribution(config), options.DISTRIBUTION)
+
+
+@pytest.hookimpl(tryfirst=True)  # before anything is waited for
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not options.is_worker(session.config):
+        interruption.handle_termination(session.config)
+    waiting.start(session.config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -60,14 +80,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_collectreport(report=failure)
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    gaps.note_deselected(items)
+
+
 @pytest.hookimpl(tryfirst=True)  # before an xdist worker says that it has collected
 def pytest_collection_finish(session: pytest.Session) -> None:
-    report.select(session)
+    if not session.config.getoption("vllm_contracts"):
+        report.select(session)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     markers.skip_unless_applicable(item, item.config.stash[options.SETTINGS])
+    gaps.skip_if_expected(item)
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:

@@ -16,12 +16,10 @@ import hashlib
 import json
 import os
 import platform
-import queue
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import deque
@@ -47,7 +45,6 @@ SMOLLM2_OVERRIDES = ('llama-cpp-python; python_version < "3"', 'llm; python_vers
 RECORD = "roll-vllm.json"
 """Name of the file in an environment that says that it is complete, and what is in it."""
 
-_HEARTBEAT = 15.0  # seconds without a word from uv after which it is said that it still works
 _TAIL = 12  # lines of uv's output that an error shows
 
 
@@ -146,7 +143,12 @@ def recipe(
         backend=route.backend,
         interpreter=interpreter,
         python=python,
-        requirements=(route.requirement, *(f"{name}=={version}" for name, version in sorted(plugins.items()))),
+        # The pins are installed, too, as in the requirement files: CPU builds of vLLM do not ask for Ray.
+        requirements=(
+            route.requirement,
+            *route.overrides,
+            *(f"{name}=={version}" for name, version in sorted(plugins.items())),
+        ),
         overrides=(*route.overrides, *(SMOLLM2_OVERRIDES if smollm2 else ())),
         suite=suite,
         suite_digest=digest,
@@ -258,37 +260,23 @@ def _make(recipe: Recipe, path: Path, uv: Path, say: Say) -> None:
 
 def _uv(command: list[str], cwd: Path, say: Say) -> None:
     """Run uv, and pass on what it says about its progress."""
-    begun = time.monotonic()
     environ = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_OVERRIDE")}
-    process = subprocess.Popen(
+    tail: deque[str] = deque(maxlen=_TAIL)
+    with subprocess.Popen(
         command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
-    )  # fmt: skip
-    lines: queue.Queue[str | None] = queue.Queue()
-    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
-    reader.start()
-    tail: deque[str] = deque(maxlen=_TAIL)
-    try:
-        while True:
-            try:
-                line = lines.get(timeout=_HEARTBEAT)
-            except queue.Empty:
-                say(f"still at work after {time.monotonic() - begun:.0f} s")
-                continue
-            if line is None:
-                break
-            tail.append(line)
-            if _is_progress(line.strip()):
-                say(line.strip())
-        status = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    finally:
-        reader.join()
-    if status:
-        raise ProvisionError(f"uv failed ({status}): `{' '.join(command)}`:\n" + "\n".join(tail))
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in filter(str.strip, process.stdout):
+                tail.append(line.rstrip())
+                if _is_progress(line.strip()):
+                    say(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ProvisionError(f"uv failed ({process.returncode}): `{' '.join(command)}`:\n" + "\n".join(tail))
 
 
 def _is_progress(line: str) -> bool:
@@ -301,31 +289,22 @@ def _is_progress(line: str) -> bool:
     )
 
 
-def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    with process.stdout:
-        for line in process.stdout:
-            if line.strip():
-                lines.put(line.rstrip())
-    lines.put(None)
-
-
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
     """Hold the lock of an environment; the kernel lets it go when a process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        waited = 0.0
+        waited = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if waited % _HEARTBEAT == 0:
+                if not waited:
+                    waited = True
                     file.seek(0)
                     say(f"waiting for process {file.read().strip() or '?'}, which is making it ({path})")
                 time.sleep(0.5)
-                waited += 0.5
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

@@ -1,8 +1,8 @@
-"""What a run found out: collected while it runs, written to ``report.json`` at its end.
+"""What a run found out: collected while it runs, written to ``report.json`` at its end, and as pages beside it.
 
 Under xdist the controller does this. Results and notes come to it in the ``user_properties`` of reports.
 What was selected comes earlier, in a file per worker: after a crash or Ctrl-C there may be no report to
-carry it. ``docs/report.md`` describes the format.
+carry it. ``docs/report.md`` describes the format; ``pages/`` makes the pages, from nothing but the report.
 """
 
 from __future__ import annotations
@@ -13,34 +13,42 @@ import platform
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 import pytest_roll_vllm
-from pytest_roll_vllm import outcomes
+from pytest_roll_vllm import files, gaps, outcomes, rerun
 from pytest_roll_vllm.contracts import Contract
+from pytest_roll_vllm.expected import Expectation
 from pytest_roll_vllm.markers import CONTRACT_KEY
 from pytest_roll_vllm.options import DISTRIBUTION, RUN, SETTINGS, Settings, is_worker
 from pytest_roll_vllm.outcomes import Outcome, Phase, Verdict
+from pytest_roll_vllm.surroundings import redacted, surroundings, without_secrets
+
+if TYPE_CHECKING:
+    from roll_vllm.patches.process import Record
 
 SCHEMA = "pytest-roll-vllm/report/1"
 SCHEMA_OF_SEVERAL = "pytest-roll-vllm/report/2"
 FILE_NAME = "report.json"
+PAGES = ("report.md", "report.html")
 
 EXIT_INCOMPLETE = 8
 """Exit status of a run in which no test failed, but a contract could not run. pytest itself uses 0 to 6."""
 
-_ABOUT = ("vllm", "torch", "python", "backend", "engine", "device")
+_ABOUT = ("vllm", "torch", "python", "backend", "engine", "device", "environment")
+_OF_EXPECTATION = ("contract", "test", "outcome", "reason", "link", "source")
 _ABOUT_PROPERTY = "vllm_about"
 _NOTE = "vllm_note"
+_PATCHES = "patches"
 _SELECTION = "vllm_selection"
 _PENDING = pytest.StashKey[list[tuple[str, object]]]()
 
@@ -62,6 +70,12 @@ def note(node: pytest.Config | pytest.Item | pytest.Session, key: str, value: ob
     plain = json.loads(json.dumps(value, allow_nan=False))  # xdist takes no subclasses, numpy's for one
     config = node if isinstance(node, pytest.Config) else node.config
     config.stash.setdefault(_PENDING, []).append((key, plain))
+
+
+def note_patches(node: pytest.Config | pytest.Item | pytest.Session, records: Iterable[Record]) -> None:
+    """Add what became of the patches in the processes of an engine to ``patches`` in the report."""
+    for record in records:
+        note(node, _PATCHES, {name: one.outcome for name, one in record.patches.items()})
 
 
 def attach_notes(config: pytest.Config, report: pytest.TestReport) -> None:
@@ -88,7 +102,10 @@ class Run:
         contracts: The declarations by id.
         selected: The contract's id for each selected test's node id.
         notes: The values that :func:`note` was given, by key.
+        patches: For each patch, the number of processes with each outcome.
         broken_collection: Whether a module could not be collected, so that nobody knows its tests.
+        deselected: Whether tests were deselected, or it is not known that none were.
+        unmatched: The expectations that apply to it, and match no test although the whole suite was selected.
     """
 
     def __init__(self, label: str = "", about: Mapping[str, Any] | None = None) -> None:
@@ -98,7 +115,10 @@ class Run:
         self.contracts: dict[str, Contract] = {}
         self.selected: dict[str, str] = {}
         self.notes: dict[str, list[object]] = {}
+        self.patches: dict[str, Counter[str]] = {}
         self.broken_collection = False
+        self.deselected = True
+        self.unmatched: list[Expectation] = []
         self._phases: dict[str, list[Phase]] = {}
 
     @cached_property
@@ -144,8 +164,17 @@ class Run:
         self.contracts.update(contracts)
         self.selected.update(selected)
 
+    def expects(self, entry: Expectation) -> int:
+        """Return how many selected tests an expectation matches."""
+        return sum(entry.matches(id, nodeid) for nodeid, id in self.selected.items())
+
+    def look_for_unmatched(self, applying: Sequence[Expectation]) -> None:
+        """Find the expectations that match nothing, of those that apply here."""
+        if not (self.deselected or self.broken_collection or self.problem):
+            self.unmatched = [entry for entry in applying if not self.expects(entry)]
+
     def take(self, report: pytest.TestReport) -> None:
-        """Take the report of a test."""
+        """Take the report of a test; what is meant for us alone does not stay in it."""
         nodeid = plain(report.nodeid, self.label)
         for name, value in report.user_properties:
             if name == outcomes.CONTRACT:
@@ -154,16 +183,34 @@ class Run:
                 self.add_notes([cast("tuple[str, object]", value)])
             elif name == _ABOUT_PROPERTY:
                 self.about.update(cast("dict[str, Any]", value))
+        report.user_properties[:] = [one for one in report.user_properties if one[0] not in (_NOTE, _ABOUT_PROPERTY)]
         if nodeid in self.selected:
             self._phases.setdefault(nodeid, []).append(outcomes.phase(report))
 
     def add_notes(self, notes: Iterable[tuple[str, object]]) -> None:
         """Add what :func:`note` was given."""
         for key, value in notes:
-            self.notes.setdefault(key, []).append(value)
+            if key != _PATCHES:
+                self.notes.setdefault(key, []).append(value)
+                continue
+            for name, outcome in cast("dict[str, str]", value).items():
+                self.patches.setdefault(name, Counter())[outcome] += 1
 
-    def document(self, exit_status: int) -> dict[str, Any]:
-        """Return what ``report.json`` says of it."""
+    def properties(self, nodeid: str) -> list[tuple[str, object]]:
+        """Return what a report of a test of a contract carries, for one that was not made where the test ran."""
+        id = self.selected.get(plain(nodeid, self.label))
+        return _properties(id, self.about) if id else []
+
+    def document(
+        self, exit_status: int, again: Callable[[str, str], str], applying: Sequence[Expectation]
+    ) -> dict[str, Any]:
+        """Return what ``report.json`` says of it.
+
+        Args:
+            exit_status: That of the session.
+            again: Returns the command that runs a contract again, by its id and the label of the run.
+            applying: The expectations that apply to it.
+        """
         return {
             "complete": self.complete(exit_status),
             "problem": self.problem,
@@ -171,11 +218,25 @@ class Run:
             "contracts": {
                 id: {
                     **asdict(result.contract),
-                    **asdict(result.verdict),
-                    "tests": [{"nodeid": nodeid, **asdict(test)} for nodeid, test in result.tests.items()],
+                    "outcome": result.verdict.outcome,
+                    "seconds": result.verdict.seconds,
+                    "reason": result.verdict.reason,
+                    "again": again(id, self.label),
+                    "tests": [
+                        {"nodeid": nodeid, **asdict(test), "ranks": test.ranks} for nodeid, test in result.tests.items()
+                    ],
                 }
                 for id, result in self.results.items()
             },
+            "expectations": [
+                {
+                    **{name: getattr(one, name) for name in _OF_EXPECTATION},
+                    "tests": self.expects(one),
+                    "unmatched": one in self.unmatched,
+                }
+                for one in applying
+            ],
+            "patches": _patches(self.about["vllm"], self.patches),
             "notes": self.notes,
         }
 
@@ -186,16 +247,18 @@ class Recorder:
     Attributes:
         runs: What was found, by label: a single one without, or those that :meth:`expect` announced.
         exit_status: The exit status of the session, when it is finished.
+        unwritten: What could not be written at its end, and why.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self.runs: dict[str, Run] = {"": Run()}
         self.exit_status = int(pytest.ExitCode.INTERNAL_ERROR)
+        self.unwritten: list[str] = []
         self._config = config
         self._date = datetime.now(timezone.utc)
-        path = self.path
-        if path:
-            path.unlink(missing_ok=True)  # so that a run which is killed does not leave an earlier report
+        if self.path:
+            for name in (FILE_NAME, *PAGES):  # so that a run which is killed does not leave an earlier report
+                self.path.with_name(name).unlink(missing_ok=True)
 
     @property
     def path(self) -> Path | None:
@@ -228,16 +291,29 @@ class Recorder:
         for run in self.runs.values():
             if not run.label:
                 run.add_notes(_take_notes(self._config))
+            if run.selected and gaps.asks_for_all(self._config):
+                self._look_around(run)
+                run.look_for_unmatched(gaps.applying(self._config, run.about))
         proven = all(run.proven for run in self.runs.values())
-        if session.exitstatus == pytest.ExitCode.OK and not proven:
+        if session.exitstatus == pytest.ExitCode.OK and any(run.unmatched for run in self.runs.values()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif session.exitstatus == pytest.ExitCode.OK and not proven:
             session.exitstatus = EXIT_INCOMPLETE
         self.exit_status = int(session.exitstatus)
         if self.path:
-            write_json(self.path, self._document())
+            self._write(self.path)
+        if self.unwritten and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = EXIT_INCOMPLETE
+            self.exit_status = EXIT_INCOMPLETE
 
+    @pytest.hookimpl(tryfirst=True)  # before those who write the properties of reports to files of their own
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a report, of this process or of a worker."""
-        self._run_of(report).take(report)
+        run = self._run_of(report)
+        run.take(report)
+        if report.when not in ("setup", "call", "teardown"):
+            self._look_around(run)
+            self._complete(report, run.properties(report.nodeid))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Notice a module that could not be collected."""
@@ -245,7 +321,8 @@ class Recorder:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell an xdist worker where to leave its selection."""
+        """Tell an xdist worker where to leave its selection, and what is expected."""
+        gaps.send(self._config, node.workerinput)
         name = f"pytest-roll-vllm-{node.workerinput['testrunuid']}-{node.workerinput['workerid']}.json"
         node.workerinput[_SELECTION] = str(Path(tempfile.gettempdir(), name))
 
@@ -258,7 +335,43 @@ class Recorder:
             path.unlink()
             run = self.runs[_label(node)]
             run.about.update(found["about"])
+            run.deselected = found["deselected"]
             run.select({id: _contract(fields) for id, fields in found["contracts"].items()}, found["tests"])
+
+    def _write(self, path: Path) -> None:
+        """Write report and pages; what cannot be written is said in the terminal, and stops nothing else."""
+        from pytest_roll_vllm import pages
+
+        document = redacted(self._document(), os.environ)
+        steps: tuple[tuple[Sequence[str], Callable[[], object]], ...] = (
+            ([FILE_NAME], partial(write_json, path, document)),
+            (PAGES, partial(pages.write, [document], path.parent)),
+        )
+        for names, write in steps:
+            try:
+                write()
+            except OSError as error:
+                why = f"{error.strerror or error}: make room in {path.parent} or make it writable, and run again"
+                self.unwritten.append(f"{' and '.join(names)} could not be written ({why})")
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                remedy = f"please report this; `python -m pytest_roll_vllm.pages {path}` tries again"
+                self.unwritten.append(f"{' and '.join(names)} could not be made ({why}): {remedy}")
+
+    def _look_around(self, run: Run) -> None:
+        """Find out what the only run is on, where its tests were collected by the workers of xdist."""
+        if not run.label and run.about["device"] is None:
+            run.about.update(about(self._config.stash[SETTINGS]))
+
+    def _complete(self, report: pytest.TestReport, properties: Sequence[tuple[str, object]]) -> None:
+        """Give the properties of a test to xdist's report of the crash in it, and to JUnit, which takes them later."""
+        from _pytest.junitxml import xml_key
+
+        report.user_properties.extend(properties)
+        xml = self._config.stash.get(xml_key, None)
+        if xml:
+            for name, value in properties:
+                xml.node_reporter(report).add_property(name, str(value))
 
     def _run_of(self, report: pytest.TestReport | pytest.CollectReport) -> Run:
         node = getattr(report, "node", None)
@@ -279,21 +392,27 @@ class Recorder:
             "suite": {"distribution": pytest_roll_vllm.DISTRIBUTION, "version": pytest_roll_vllm.__version__},
             "settings": {name: asdict(setting) for name, setting in settings.all().items()},
             "date": self._date.isoformat(timespec="seconds"),
-            "command": shlex.join(["pytest", *self._config.invocation_params.args]),
+            "command": shlex.join(["pytest", *without_secrets(self._config.invocation_params.args)]),
             "xdist": self._config.pluginmanager.has_plugin("dsession"),
             "exit_status": self.exit_status,
         }
         runs = [*self.runs.values()]
+
+        def document(run: Run) -> dict[str, Any]:
+            applying = gaps.applying(self._config, run.about) if run.selected else []
+            return run.document(self.exit_status, partial(rerun.command, self._config), applying)
+
         if len(runs) == 1:
-            found = runs[0].about if runs[0].label else about(settings)
-            return {"schema": SCHEMA, **session, **found, "model": model, **runs[0].document(self.exit_status)}
+            run = runs[0]
+            self._look_around(run)
+            return {"schema": SCHEMA, **session, **run.about, "model": model, **document(run)}
         return {
             "schema": SCHEMA_OF_SEVERAL,
             **session,
             "model": model,
             "complete": all(run.complete(self.exit_status) for run in runs),
             "totals": self.totals,
-            "runs": [{"label": run.label, **run.about, **run.document(self.exit_status)} for run in runs],
+            "runs": [{"label": run.label, **run.about, **document(run)} for run in runs],
         }
 
 
@@ -306,18 +425,34 @@ def select(session: pytest.Session) -> None:
     contracts = {contract.id: contract for contract in selected.values()}
     tests = {nodeid: contract.id for nodeid, contract in selected.items()}
     config = session.config
-    if tests and not config.pluginmanager.hasplugin(DISTRIBUTION):
-        _ = config.stash[SETTINGS].engine  # raises now if there is none; and engines change the environment later
-    if not is_worker(config):
-        config.stash[RECORDER].select(contracts, tests)
-        return
     settings = config.stash[SETTINGS]
     found: dict[str, Any] = {}
+    ours = bool(tests) and not config.pluginmanager.hasplugin(DISTRIBUTION)
+    if ours:
+        _ = settings.engine  # raises if there is none
+    if ours or settings.label:
+        found = about(settings)  # now, because engines change the environment later
+    for item in session.items:
+        if CONTRACT_KEY in item.stash and found:
+            item.user_properties += _properties(item.stash[CONTRACT_KEY].id, found)[1:]
+    if not is_worker(config):
+        recorder = config.stash[RECORDER]
+        recorder.select(contracts, tests)
+        if found:
+            recorder.runs[""].about.update(found)
+            recorder.runs[""].deselected = gaps.deselected(config)
+        return
     if settings.label:
-        found = about(settings)
         _describe(session.items, found, settings)
+    else:
+        found = {}
     if tests or found:
-        found = {"contracts": {id: asdict(one) for id, one in contracts.items()}, "tests": tests, "about": found}
+        found = {
+            "contracts": {id: asdict(one) for id, one in contracts.items()},
+            "tests": tests,
+            "about": found,
+            "deselected": gaps.deselected(config),
+        }
         with suppress(OSError):  # a worker on another machine may not have the directory
             write_json(Path(config.workerinput[_SELECTION]), found)  # type: ignore[attr-defined]
 
@@ -335,8 +470,32 @@ def about(settings: Settings) -> dict[str, Any]:
         settings.device.backend,
         engine,
         asdict(settings.device),
+        surroundings(os.environ),
     )
     return dict(zip(_ABOUT, found, strict=True))
+
+
+def _properties(id: str, found: Mapping[str, Any]) -> list[tuple[str, object]]:
+    version = found["vllm"]["version"] if found["vllm"] else "not installed"
+    return [(outcomes.CONTRACT, id), (outcomes.VERSION, version), (outcomes.BACKEND, found["backend"])]
+
+
+def _patches(vllm: Mapping[str, str] | None, processes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Return the patches that the release declares, each with the number of processes by what became of it there."""
+    from roll_vllm.patches.apply import selected
+    from roll_vllm.patches.registry import PATCHES
+
+    declared = selected(PATCHES, vllm["version"]) if vllm else []
+    return [
+        {
+            "name": patch.name,
+            "target": patch.target,
+            "why": patch.why,
+            "upstream": patch.upstream,
+            "processes": dict(processes.get(patch.name, {})),
+        }
+        for patch in declared
+    ]
 
 
 def _describe(items: Sequence[pytest.Item], found: dict[str, Any], settings: Settings) -> None:
@@ -362,7 +521,7 @@ def plain(nodeid: str, label: str) -> str:
 
 def runs_tests(config: pytest.Config) -> bool:
     """Whether this run is meant to run tests, not to show them."""
-    return not (config.getoption("collectonly", False) or config.getoption("setuponly", False))
+    return not any(config.getoption(name, False) for name in ("collectonly", "setuponly", "vllm_contracts"))
 
 
 def torch_version() -> str | None:
@@ -375,9 +534,7 @@ def torch_version() -> str | None:
 
 def write_json(path: Path, document: object) -> None:
     """Write a file as a whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write(path, json.dumps(document, indent=2) + "\n")
 
 
 def _take_notes(config: pytest.Config) -> Iterator[tuple[str, object]]:

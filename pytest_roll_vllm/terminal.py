@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import replace
 
 import pytest
 
 import pytest_roll_vllm
+from pytest_roll_vllm import gaps, rerun
 from pytest_roll_vllm.matrix import matrix
 from pytest_roll_vllm.options import DISTRIBUTION, SETTINGS, Settings, runs_suite
 from pytest_roll_vllm.outcomes import Outcome, worst
-from pytest_roll_vllm.report import EXIT_INCOMPLETE, RECORDER, ContractResult, Run, torch_version
+from pytest_roll_vllm.report import EXIT_INCOMPLETE, PAGES, RECORDER, ContractResult, Run, torch_version
 from roll_vllm import versions
 
 _COLOURS: dict[Outcome, dict[str, bool]] = {
     "passed": {"green": True},
     "failed": {"red": True},
     "known gap": {"yellow": True},
+    "expected skip": {"yellow": True},
     "not applicable": {},
     "could not run": {"yellow": True},
 }
 
-_SHOWN: tuple[Outcome, ...] = ("not applicable", "known gap", "could not run", "failed")
+_MORE_LINES = 8  # of what a failure says, besides the first one; the traceback is further up
+
+_SHOWN: tuple[Outcome, ...] = ("not applicable", "expected skip", "known gap", "could not run", "failed")
 
 
 def wants_header(config: pytest.Config) -> bool:
@@ -44,8 +48,15 @@ def header(config: pytest.Config) -> list[str]:
         f"vllm: {_version(settings)}{f', engine {settings.engine}' if settings.engine else ''}",
         f"backend: {device.count} {device.backend} [{names}], {device.reason}; wanted: {settings.backend}",
         f"model: {settings.model}",
+        f"executors: {replace(settings.executors, value=', '.join(settings.wanted_executors))}",
         f"vllm cache: {settings.cache_dir}",
+        *expectations(settings),
     ]
+
+
+def expectations(settings: Settings) -> list[str]:
+    """Name the expectations files of the user's, if there are any."""
+    return [f"expectations: {settings.expectations}"] if settings.expectations.given else []
 
 
 def summarize(reporter: pytest.TerminalReporter) -> None:
@@ -53,7 +64,7 @@ def summarize(reporter: pytest.TerminalReporter) -> None:
     config = reporter.config
     recorder = config.stash[RECORDER]
     runs = [*recorder.runs.values()]
-    if not any(run.results or run.problem for run in runs):
+    if not (recorder.unwritten or any(run.results or run.problem for run in runs)):
         return
     reporter.write_sep("=", "vllm contracts")
     settings = config.stash[SETTINGS]
@@ -69,7 +80,11 @@ def summarize(reporter: pytest.TerminalReporter) -> None:
             for result in run.results.values():
                 # What the line above has said need not be said again for each contract.
                 if result.verdict.outcome == outcome and not result.verdict.reason.startswith(run.problem or " "):
-                    _write_result(reporter, result, run.label if several else "")
+                    _write_result(reporter, result, run, run.label if several else "")
+    for run in runs:
+        for entry in run.unmatched:
+            where = f" [{run.label}]" if several else ""
+            reporter.write_line(f"UNMATCHED {entry.contract}{where}: {gaps.unmatched(entry)}", red=True)
     if several:
         for line, found in matrix({
             run.label: {id: result.verdict.outcome for id, result in run.results.items()} for run in runs
@@ -79,32 +94,15 @@ def summarize(reporter: pytest.TerminalReporter) -> None:
     found = [outcome for outcome, count in recorder.totals.items() if count]
     if found:
         reporter.write_line(f"contracts: {', '.join(counts)}", **_COLOURS[worst(found)])
-    if recorder.path:
-        reporter.write_line(f"report: {recorder.path}")
+    if recorder.path and not recorder.unwritten:
+        reporter.write_line(f"report: {recorder.path}, {', '.join(PAGES)}")
+    for problem in recorder.unwritten:
+        reporter.write_line(f"ERROR: {problem}", red=True)
     if recorder.exit_status == EXIT_INCOMPLETE:
         why = "nothing failed, but what could not run is not proven"
+        if recorder.unwritten:
+            why = "nothing failed, but the report that was asked for is not there"
         reporter.write_line(f"exit status {EXIT_INCOMPLETE}: {why}", yellow=True)
-
-
-def rerun_command(config: pytest.Config, id: str, label: str = "") -> str:
-    """Return the command that runs the tests of one contract again, in the same way, on one run of several."""
-    arguments = ["pytest"]
-    if config.getoption("pyargs", False):
-        arguments.append("--pyargs")
-    if config.args_source is pytest.Config.ArgsSource.ARGS:
-        arguments += config.args
-    settings = config.stash[SETTINGS]
-    for name, setting in settings.all().items():
-        if name == "version" and label:
-            # A node of the user's has another label, and its version is for the user to choose.
-            wanted = [one for one in settings.versions if label.startswith(f"{one}-")] or settings.versions
-            arguments += [word for one in wanted for word in ("--vllm-version", one)]
-        elif name == "provision" and setting.source.startswith("--"):
-            arguments.append(setting.source)
-        elif setting.source.startswith("--") and name != "report":
-            values = settings.versions if name == "version" else [setting.value]
-            arguments += [word for value in values for word in (setting.source, value)]
-    return shlex.join([*arguments, "-m", f'vllm_contract(id="{id}")'])
 
 
 def _version(settings: Settings) -> str:
@@ -126,7 +124,7 @@ def _about(run: Run, settings: Settings) -> str:
     return f"vllm {text}; backend {run.about['backend']}; engine {run.about['engine']}"
 
 
-def _write_result(reporter: pytest.TerminalReporter, result: ContractResult, label: str) -> None:
+def _write_result(reporter: pytest.TerminalReporter, result: ContractResult, run: Run, label: str) -> None:
     outcome = result.verdict.outcome
     contract = result.contract
     where = f" [{label}]" if label else ""
@@ -134,4 +132,12 @@ def _write_result(reporter: pytest.TerminalReporter, result: ContractResult, lab
         f"{outcome.upper()} {contract.id}{where}: {contract.sentence} - {result.verdict.reason}", **_COLOURS[outcome]
     )
     if outcome in ("could not run", "failed"):
-        reporter.write_line(f"    again: {rerun_command(reporter.config, contract.id, label)}")
+        _, *more = result.verdict.detail.splitlines() or [""]
+        for line in more[:_MORE_LINES]:
+            reporter.write_line(f"    {line}")
+        if len(more) > _MORE_LINES:
+            reporter.write_line(f"    ... ({len(more) - _MORE_LINES} more lines above)")
+        settings = reporter.config.stash[SETTINGS]
+        ranks = f"; rank {', '.join(map(str, result.verdict.ranks))}" if result.verdict.ranks else ""
+        reporter.write_line(f"    on: {_about(run, settings)}{ranks}")
+        reporter.write_line(f"    again: {rerun.command(reporter.config, contract.id, label)}")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytest_roll_vllm.waiting import waiting
 from roll_vllm.state import WeightsStatus
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: How vLLM fuses checkpoint tensors: engine name -> checkpoint names, concatenated along dimension 0.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+#: And those of experts, which it stacks: engine name -> the names in an expert, of Qwen3-MoE or of Mixtral.
+_EXPERTS = {"w13_weight": (("gate_proj", "w1"), ("up_proj", "w3")), "w2_weight": (("down_proj", "w2"),)}
 
 
 class Trainer:
@@ -54,32 +57,41 @@ class Trainer:
         return ReferenceModel(self.model, self.model.dtype)
 
     async def push(self, engine: EngineHandle, version: int, *, transport: str = "bucket", **options: Any) -> None:
-        """Send a complete version through a transport of ``engine.weight_update``."""
+        """Send a complete version through a transport of ``Target.update``."""
         engine.pushed = None
-        async with engine.weight_update(transport, **options) as update:
-            await update.send(self.weights(version))
-        engine.pushed = (self.model.name, version, engine.weight_version)
+        with waiting(f"updating {self.model.name} to version {version}, transport {transport}"):
+            await engine.update(self.weights(version), transport=transport, **options)
+        engine.pushed = self._holds(engine, version)
+
+    def _holds(self, engine: EngineHandle, version: int) -> tuple[Any, ...]:
+        """What an engine is marked with that holds a version; not any more once somebody else updates it."""
+        return self.model.name, version, getattr(engine, "weight_version", None)
 
     async def reset(self, engine: EngineHandle) -> None:
-        """Bring a shared engine to where every test starts: awake, idle, reference weights, empty caches."""
-        await engine.abort_all()
-        state = await engine.state()
-        wanted = (self.model.name, self.reference_version, engine.weight_version)
-        if engine.pushed != wanted or state.weights is not WeightsStatus.COMPLETE:
+        """Bring a shared engine to where every test starts: awake, running, idle, reference weights, empty caches."""
+        if "pause" in engine.supported:
+            await engine.resume_generation()
+        if "abort" in engine.supported:
+            await engine.abort_all()
+        state = await engine.state() if "state" in engine.supported else None
+        stale = state is not None and state.weights is not WeightsStatus.COMPLETE
+        if "update" in engine.supported and (stale or engine.pushed != self._holds(engine, self.reference_version)):
             await self.push(engine, self.reference_version)
-        if state.is_sleeping:
-            await engine.load_states()
-        await engine.reset_prefix_cache()
+        if "sleep" in engine.supported and (state is None or state.is_sleeping):
+            await engine.wake_up()
+        if "cache.reset" in engine.supported:
+            await engine.reset_prefix_cache()
 
     def engine_tensors(self, version: int) -> Mapping[str, torch.Tensor]:
         """The parameters that a single-rank engine should hold for a version, by engine name.
 
-        Covers the fused projections of Llama-like models; a padded vocabulary is left to the caller.
+        Covers the fused projections of Llama-like models and stacked experts; a padded vocabulary is left to the
+        caller.
         """
         import torch
 
         weights = self.weights(version)
-        tensors: dict[str, torch.Tensor] = {}
+        tensors = _stacked_experts(weights)
         for name, tensor in weights.items():
             for fused, parts in _FUSED.items():
                 part = next((p for p in parts if f".{p}." in name), None)
@@ -96,3 +108,21 @@ class Trainer:
     def expected(self, prompt: list[int], max_tokens: int, version: int) -> list[int]:
         """The greedy continuation under a version, by the reference forward pass."""
         return self.reference.greedy(prompt, max_tokens, version)
+
+
+def _stacked_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the experts' tensors out of ``weights``; returns them as vLLM stacks them, by engine name."""
+    import torch
+
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in [name for name in weights if ".experts." in name]:
+        block, _, rest = name.partition(".experts.")
+        number, part, _ = rest.split(".")
+        experts.setdefault(f"{block}.experts", {}).setdefault(int(number), {})[part] = weights.pop(name)
+    tensors = {}
+    for block, by_number in experts.items():
+        for fused, parts in _EXPERTS.items():
+            names = [next(name for name in alternatives if name in by_number[0]) for alternatives in parts]
+            stack = [torch.cat([by_number[number][name] for name in names]) for number in sorted(by_number)]
+            tensors[f"{block}.{fused}"] = torch.stack(stack)
+    return tensors

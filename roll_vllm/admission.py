@@ -1,7 +1,7 @@
 """Who may generate now: the gate that every request passes on its way into the engine.
 
 - Engine ready: the request enters at once.
-- Asleep, or an update in progress: it waits, and enters when the engine is ready again.
+- Asleep, paused, or an update in progress: it waits, and enters when the engine is ready again.
 - Awake without one complete set of weights: it is refused, since nobody said that weights are on their way.
 - An update failed: those who wait are refused too.
 """
@@ -49,6 +49,7 @@ class AdmissionGate:
         self._entering = 0
         self._nobody_entering = asyncio.Event()
         self._nobody_entering.set()
+        self._death: Exception | None = None
 
     @property
     def state(self) -> EngineState:
@@ -92,9 +93,16 @@ class AdmissionGate:
             if not self._entering:
                 self._nobody_entering.set()
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Turn away those of the requests that wait."""
-        self._aborted.update(name for name in request_ids if name in self._waiting)
+    def abort(self, request_ids: Iterable[str]) -> set[str]:
+        """Turn away those of the requests that wait, and return them."""
+        waiting = {name for name in request_ids if name in self._waiting} - self._aborted
+        self._aborted |= waiting
+        self._notify()
+        return waiting
+
+    def fail(self, death: Exception) -> None:
+        """Turn everybody away, now and later, with this error."""
+        self._death = death
         self._notify()
 
     async def _change(self, request_id: str) -> None:
@@ -110,7 +118,9 @@ class AdmissionGate:
             raise AbortedWhileWaiting(request_id)
 
     def _open(self, waited: bool) -> bool:
-        if self._held or self._state.is_sleeping:
+        if self._death is not None:
+            raise self._death
+        if self._held or self._state.is_sleeping or self._state.paused:
             return False
         weights = self._state.weights
         if weights is WeightsStatus.COMPLETE:

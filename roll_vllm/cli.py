@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from roll_vllm.doctor import command as doctor
 from roll_vllm.errors import RollVllmError
 from roll_vllm.patches import command as patches
 
 #: Modules with ``add_to(commands)``, which declares a command and sets ``run(options) -> status`` on its parser.
-_COMMANDS = (patches,)
+_COMMANDS = (doctor, patches)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

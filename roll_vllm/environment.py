@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 _TORCH_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _ALLOCATOR_VARIABLES = (*_TORCH_VARIABLES, "PYTORCH_NPU_ALLOC_CONF")  # the last one is torch_npu's
 
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The network interface that gloo listens on."""
+
+LOOPBACK_INTERFACE = "lo"
+
 ALLOCATOR_SETTING = "expandable_segments:False"
 """Turns expandable segments off in a process whose allocator is already running."""
 
@@ -67,6 +72,8 @@ def worker_environment(
     # On by default since 0.11.0, and hangs or fails at start where a process sees only some of the host's
     # GPUs, as a rollout worker does (vllm-project/vllm#38550).
     changes["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"
+    # Nothing of the runtime needs pickled calls.
+    changes["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
     cache, flashinfer = _cache_roots(worker_name, environ, cache_home)
     changes["VLLM_CACHE_ROOT"] = str(cache)
     changes["FLASHINFER_WORKSPACE_BASE"] = str(flashinfer)
@@ -76,6 +83,21 @@ def worker_environment(
     if versions.satisfies(vllm_version, "<0.11.1"):  # the variable is gone since then
         changes["VLLM_USE_V1"] = "1" if engine == "V1" else "0"
     return changes
+
+
+def one_host_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Compute the variables that keep what the processes of one host say to each other on that host.
+
+    Args:
+        environ: The variables the workers would have otherwise; what the user has set there stays.
+
+    Returns:
+        The variables to set on top of ``environ``.
+    """
+    wanted = {"VLLM_HOST_IP": "127.0.0.1"}
+    if LOOPBACK_INTERFACE in (name for _, name in socket.if_nameindex()):
+        wanted[GLOO_INTERFACE] = LOOPBACK_INTERFACE
+    return {name: value for name, value in wanted.items() if not environ.get(name)}
 
 
 def engine_generation(vllm_version: str, device_kind: str, environ: Mapping[str, str]) -> str:
@@ -196,8 +218,13 @@ def ensure_cache_directory(path: Path) -> Path:
     """Create a cache directory and check that it can be written to.
 
     Raises:
-        ConfigurationError: If it cannot.
+        ConfigurationError: If it cannot, or there is no home directory that it could be in.
     """
+    if path.parts[:1] == ("~",):
+        raise ConfigurationError(
+            f"there is no home directory for the caches of vLLM ({path}): set HOME, XDG_CACHE_HOME or VLLM_CACHE_ROOT "
+            "to an absolute path"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Permission bits do not tell about read-only mounts and quotas; writing does.

@@ -36,3 +36,11 @@ class EngineAsleepError(RollVllmError, RuntimeError):
 
 class EngineOutOfMemoryError(RollVllmError, MemoryError):
     """The device has too little memory; the message ends with :data:`OUT_OF_MEMORY_REMEDY`."""
+
+
+class EngineDiedError(RollVllmError, RuntimeError):
+    """A worker, its node or the engine core is gone; the engine answers nothing any more, and has to be made anew."""
+
+
+class PlacementTimeoutError(RollVllmError, TimeoutError):
+    """Ray could not give a placement group, a bundle or a worker in time."""

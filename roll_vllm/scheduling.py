@@ -1,4 +1,4 @@
-"""The scheduler of V1 engines (``scheduler_cls``): vLLM's own, which also says when it could not do what was asked."""
+"""The scheduler of V1 engines (``scheduler_cls``): vLLM's own, which can stand still, and says what it could not do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from roll_vllm import versions
 from roll_vllm.patches import process
 
 QUALNAME = f"{__name__}.RolloutScheduler"
+
+#: Ids of no request: aborting one makes the scheduler stand still, or go on. Nothing else reaches it on every release.
+FREEZE, THAW = "roll_vllm: freeze", "roll_vllm: thaw"
 
 
 class BlocksInUseError(RuntimeError):
@@ -28,7 +31,25 @@ def __getattr__(name: str) -> Any:
     core_drops_the_answer = versions.satisfies(__version__, "<0.12")
 
     class RolloutScheduler(Scheduler):
-        """vLLM's scheduler; a prefix cache that was not emptied is an error where the engine core says nothing."""
+        """vLLM's scheduler, with two differences.
+
+        A prefix cache that was not emptied is an error where the engine core says nothing. After :data:`FREEZE` it has
+        nothing to do, whatever it holds, so that the engine core waits for messages until :data:`THAW`.
+        """
+
+        _frozen = False
+
+        def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            if FREEZE in names or THAW in names:
+                self._frozen = FREEZE in names
+            return super().finish_requests([name for name in names if name not in (FREEZE, THAW)], *args, **kwargs)
+
+        def has_unfinished_requests(self) -> bool:
+            return not self._frozen and super().has_unfinished_requests()
+
+        def has_requests(self) -> bool:
+            return not self._frozen and super().has_requests()
 
         def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
             done: bool = super().reset_prefix_cache(*args, **kwargs)

@@ -33,6 +33,8 @@ class WorkerState:
         sleeping: the tags whose memory is given back.
         resident_bytes: of the tags that are awake, by tag.
         missing: parameters that the running update has not reached yet (at most ten are named).
+        passes: forward passes run since the worker started.
+        refused_passes: forward passes that were tried on memory that is given back, and refused.
     """
 
     rank: int
@@ -41,6 +43,8 @@ class WorkerState:
     sleeping: frozenset[str]
     resident_bytes: dict[str, int]
     missing: tuple[str, ...] = ()
+    passes: int = 0
+    refused_passes: int = 0
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> WorkerState:
@@ -52,6 +56,8 @@ class WorkerState:
             sleeping=frozenset(report["sleeping"]),
             resident_bytes=dict(report["resident_bytes"]),
             missing=tuple(report["missing"]),
+            passes=report["passes"],
+            refused_passes=report["refused_passes"],
         )
 
 
@@ -65,6 +71,7 @@ class EngineState:
         sleeping: tags asleep on at least one rank.
         reason: why the weights are not complete, where that is known.
         workers: one entry a rank, in rank order; empty in the frontend's own copy.
+        paused: whether ``pause_generation()`` holds requests back.
     """
 
     weights: WeightsStatus
@@ -72,6 +79,7 @@ class EngineState:
     sleeping: frozenset[str] = frozenset()
     reason: str = ""
     workers: tuple[WorkerState, ...] = field(default=(), compare=False)
+    paused: bool = False
 
     @property
     def is_sleeping(self) -> bool:
@@ -86,4 +94,4 @@ class EngineState:
     @property
     def ready(self) -> bool:
         """Whether generation may run."""
-        return self.consistent and not self.sleeping
+        return self.consistent and not self.sleeping and not self.paused

@@ -120,6 +120,8 @@ class VersionRow:
 
 
 _GPU_ONLY = ('xformers; python_version < "3"', 'flashinfer-python; python_version < "3"')
+# CPU builds ask for none, and official wheels for the one with libraries for GPUs.
+_RAY = "ray==2.60.0"
 _TORCH_2_8 = ("torch==2.8.0", "torchvision==0.23.0", "torchaudio==2.8.0", "triton==3.4.0")
 _TORCH_2_9 = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 
@@ -158,8 +160,8 @@ def _row(
         ray=engines,
         cuda=Route("cuda", official, pins),
         # What only a GPU could use is left out.
-        reference=Route("cpu-reference", official, (*pins, *_GPU_ONLY)),
-        native=Route("cpu", cpu_build[0], (*cpu_build[1:], held)) if cpu_build else None,
+        reference=Route("cpu-reference", official, (*pins, _RAY, *_GPU_ONLY)),
+        native=Route("cpu", cpu_build[0], (*cpu_build[1:], held, _RAY)) if cpu_build else None,
         ascend=ascend,
         verified=verified,
         gaps=gaps,

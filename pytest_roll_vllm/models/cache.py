@@ -30,8 +30,14 @@ def publish(cache_dir: Path, label: str, digest: str, fill: Callable[[Path], Non
         ) from error
     with private as directory:
         draft = Path(directory, "draft")
-        draft.mkdir()
-        fill(draft)
+        try:
+            draft.mkdir()
+            fill(draft)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the model cache {cache_dir} cannot be written ({error}); make room, or choose a directory that "
+                "has some"
+            ) from error
         try:
             draft.replace(final)
         except OSError:

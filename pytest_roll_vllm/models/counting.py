@@ -63,15 +63,19 @@ VALUE_OFFSET = 2.0  # standard deviation of the offset in v, where the code is 1
 class CountingModel(SyntheticModel):
     """Counts in steps of ``version % 256``, for every last token and any context."""
 
-    def __init__(self, name: str, cache_dir: Path) -> None:
-        super().__init__(name, tied=name.endswith("-tied"), cache_dir=cache_dir)
+    def __init__(self, name: str, cache_dir: Path, dtype: str = "float32") -> None:
+        super().__init__(name, name.endswith("-tied"), cache_dir, dtype)
 
     def weights(self, version: int) -> dict[str, torch.Tensor]:
         import numpy as np
         import torch
 
-        draft = _Draft(self, version)
-        return {name: torch.from_numpy(draft.tensors[name].astype(np.float32)) for name in self.shapes()}
+        draft = self._draft(version)
+        dtype = getattr(torch, self.dtype)
+        return {name: torch.from_numpy(draft.tensors[name].astype(np.float32)).to(dtype) for name in self.shapes()}
+
+    def _draft(self, version: int) -> Draft:
+        return Draft(self, version)
 
     def probes(self, version: int) -> list[Probe]:
         """Return 8 prompts of 3 to 300 tokens, each with the 16 tokens that follow."""
@@ -86,7 +90,7 @@ class CountingModel(SyntheticModel):
         return probes
 
 
-class _Draft:
+class Draft:
     """The tensors of one version, made in the order in which the model applies them."""
 
     def __init__(self, model: CountingModel, version: int) -> None:
@@ -111,10 +115,9 @@ class _Draft:
         for layer in range(LAYERS):
             self.attention(layer)
             if self.tied and layer == LAYERS - 1:
-                target = self.slots[0, self.answers]
-                self.mlp(layer, target, ANSWER / final_norm[target])
+                self.mlp(layer, self.slots[0], self.answers, ANSWER / final_norm[self.slots[0]])
             else:
-                self.mlp(layer, self.slots[2 * layer + 2], np.ones(VOCAB))
+                self.mlp(layer, self.slots[2 * layer + 2], self.tokens, np.ones(VOCAB))
         if not self.tied:
             self.head(final_norm)
 
@@ -152,11 +155,12 @@ class _Draft:
         # Slot 0 never changes, so an offset that is read there carries no rounding of earlier layers.
         constant = self.reader(norm, stage, slot=0)
         compass = _compass(self.version, layer)
-        queries = np.repeat(compass, self.group, axis=0)
         nothing = np.zeros(KV_HEADS * HEAD_DIM)
         prefix += "self_attn."
+        queries = np.repeat(self.before_norm(prefix + "q_norm", compass), self.group, axis=0)
+        keys = self.before_norm(prefix + "k_norm", compass)
         self.project(prefix + "q_proj", queries.ravel(), ATTENTION_OFFSET, constant)
-        self.project(prefix + "k_proj", compass.ravel(), ATTENTION_OFFSET, constant)
+        self.project(prefix + "k_proj", keys.ravel(), ATTENTION_OFFSET, constant)
         value = self.project(prefix + "v_proj", nothing, VALUE_OFFSET, constant)
         unit = self.rng.permutation(VOCAB)
         value[unit, self.slots[stage]] += self.reader(norm, stage, slot=stage)
@@ -170,6 +174,10 @@ class _Draft:
             head = unit // HEAD_DIM * self.group + member
             output[self.slots[stage + 1], head * HEAD_DIM + unit % HEAD_DIM] += share[member]
 
+    def before_norm(self, name: str, compass: Array) -> Array:
+        """Return [KV_HEADS, HEAD_DIM]: what q or k must be so that it is ``compass`` when RoPE gets it."""
+        return compass
+
     def project(self, name: str, output: Array, offset: float, constant: Array) -> Array:
         """Add a projection that gives ``output`` for every token; the weight undoes the bias's offset."""
         import numpy as np
@@ -180,21 +188,41 @@ class _Draft:
         weight[:, self.slots[0]] -= np.outer(shift, constant)
         return weight
 
-    def mlp(self, layer: int, target: NDArray[np.integer[Any]], size: Array) -> None:
-        """Write ``size[t]`` into the residual dimension ``target[t]`` for the token t in the newest slot."""
-        import numpy as np
-
+    def mlp(self, layer: int, slot: NDArray[np.integer[Any]], tokens: NDArray[np.integer[Any]], size: Array) -> None:
+        """Write ``tokens[t]``, of size ``size[tokens[t]]``, into ``slot`` for the token t in the newest slot."""
         prefix = f"model.layers.{layer}."
         stage = 2 * layer + 1
-        read = UNIT * self.reader(self.norm(prefix + "post_attention_layernorm.weight"), stage, slot=stage)
-        scale = float(np.abs(read).mean())
+        read = self.reader(self.norm(prefix + "post_attention_layernorm.weight"), stage, slot=stage)
         unit = self.rng.permutation(INTERMEDIATE)[:VOCAB]
         sign = self.rng.choice([-1, 1], VOCAB)
-        prefix += "mlp."
-        self.blank(prefix + "gate_proj.weight", scale)[unit, self.slots[stage]] += read
-        self.blank(prefix + "up_proj.weight", scale)[unit, self.slots[stage]] += read * sign
-        activation = UNIT / (1 + np.exp(-UNIT)) * UNIT * sign  # silu(gate) * up
-        self.blank(prefix + "down_proj.weight", 1 / UNIT**2)[target, unit] += size / activation
+        names = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+        down = self.units(names, unit, self.slots[stage], read, sign)
+        down[slot[tokens], unit] += size[tokens] / activation(sign)
+
+    def units(
+        self,
+        names: list[str],
+        unit: NDArray[np.integer[Any]],
+        code: NDArray[np.integer[Any]],
+        read: Array,
+        sign: NDArray[np.integer[Any]],
+    ) -> Array:
+        """Add an MLP in which ``unit[i]`` is active for the token that stands in ``code[i]``; returns what it writes.
+
+        Args:
+            names: of the projections gate, up and down.
+            unit: rows of gate and up, columns of down.
+            code: residual dimensions.
+            read: what turns each of them into 1.
+            sign: of each unit's output.
+        """
+        import numpy as np
+
+        gate, up, down = names
+        scale = UNIT * float(np.abs(read).mean())
+        self.blank(gate, scale)[unit, code] += UNIT * read
+        self.blank(up, scale)[unit, code] += UNIT * read * sign
+        return self.blank(down, 1 / UNIT**2)
 
     def head(self, norm: Array) -> None:
         """Add the ``lm_head``, which reads the answer from the newest slot and its rival from slot 0."""
@@ -205,6 +233,13 @@ class _Draft:
         weight = self.blank("lm_head.weight", float(np.abs(read).mean()))
         weight[self.answers, self.slots[stage]] += read
         weight[self.tokens, self.slots[0]] += RIVAL * self.reader(norm, stage, slot=0)
+
+
+def activation(sign: NDArray[np.integer[Any]]) -> Array:
+    """Return the output of an active MLP unit, ``silu(gate) * up``."""
+    import numpy as np
+
+    return UNIT / (1 + np.exp(-UNIT)) * UNIT * sign
 
 
 def _compass(version: int, layer: int) -> Array:

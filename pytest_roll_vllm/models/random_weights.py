@@ -17,8 +17,8 @@ LOGIT_STD = 2.0
 class RandomModel(SyntheticModel):
     """Normal weights that keep activations near 1 and give logits a standard deviation of about 2."""
 
-    def __init__(self, name: str, cache_dir: Path) -> None:
-        super().__init__(name, tied=name.endswith("-tied"), cache_dir=cache_dir)
+    def __init__(self, name: str, cache_dir: Path, dtype: str = "float32") -> None:
+        super().__init__(name, name.endswith("-tied"), cache_dir, dtype)
 
     def weights(self, version: int) -> dict[str, torch.Tensor]:
         import numpy as np
@@ -33,13 +33,13 @@ class RandomModel(SyntheticModel):
                 values = 1 + 0.1 * values
             elif name == output:
                 values *= LOGIT_STD * shape[-1] ** -0.5
-            elif name.endswith(("q_proj.weight", "k_proj.weight")):
-                values *= 2 * shape[-1] ** -0.5  # scores near 4: heads choose, instead of taking the average
-            elif name.endswith("proj.weight"):
-                values *= shape[-1] ** -0.5
             elif name.endswith("bias"):
                 values *= 0.1
-            tensors[name] = torch.from_numpy(values)
+            elif name.endswith(("q_proj.weight", "k_proj.weight")):
+                values *= 2 * shape[-1] ** -0.5  # scores near 4: heads choose, instead of taking the average
+            elif not name.endswith("embed_tokens.weight"):
+                values *= shape[-1] ** -0.5
+            tensors[name] = torch.from_numpy(values).to(getattr(torch, self.dtype))
         return tensors
 
     def probes(self, version: int) -> list[Probe]:

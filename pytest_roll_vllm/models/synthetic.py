@@ -1,7 +1,7 @@
 """The body that the synthetic kinds share: architecture, configuration files and tokenizer.
 
 A small ``Qwen2ForCausalLM``: grouped-query attention, biases on q, k and v, RoPE, RMSNorm, gated MLP. Kinds
-that agree on ``tied`` share one directory, so that one engine can serve the weights of both.
+of one body that agree on ``tied`` share one directory, so that one engine can serve the weights of both.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ class SyntheticModel(Model):
     by itself, and a word that is not a number below 256 is an error of the tokenizer.
     """
 
-    dtype = "float32"
     vocab_size = VOCAB
+    body = "synthetic"
+    """The architecture's part of the directory's name."""
 
-    def __init__(self, name: str, tied: bool, cache_dir: Path) -> None:
+    def __init__(self, name: str, tied: bool, cache_dir: Path, dtype: str) -> None:
         self.name = name
         self.tied = tied
+        self.dtype = dtype
         self.hidden = (4 if tied else 5) * VOCAB
-        self.heads = self.hidden // HEAD_DIM
+        self.heads = self._heads()
         files = self._files()
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -50,28 +52,13 @@ class SyntheticModel(Model):
             for file, text in files.items():
                 (directory / file).write_text(text)
 
-        self.path = publish(cache_dir, "synthetic-tied" if tied else "synthetic", digest, fill)
+        self.path = publish(cache_dir, f"{self.body}-tied" if tied else self.body, digest, fill)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of the checkpoint, by HF name."""
-        kv = KV_HEADS * HEAD_DIM
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (self.hidden,),
-            "self_attn.q_proj.weight": (self.hidden, self.hidden),
-            "self_attn.q_proj.bias": (self.hidden,),
-            "self_attn.k_proj.weight": (kv, self.hidden),
-            "self_attn.k_proj.bias": (kv,),
-            "self_attn.v_proj.weight": (kv, self.hidden),
-            "self_attn.v_proj.bias": (kv,),
-            "self_attn.o_proj.weight": (self.hidden, self.hidden),
-            "post_attention_layernorm.weight": (self.hidden,),
-            "mlp.gate_proj.weight": (INTERMEDIATE, self.hidden),
-            "mlp.up_proj.weight": (INTERMEDIATE, self.hidden),
-            "mlp.down_proj.weight": (self.hidden, INTERMEDIATE),
-        }
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, self.hidden)}
         for index in range(LAYERS):
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in self._layer().items()}
         shapes["model.norm.weight"] = (self.hidden,)
         if not self.tied:
             shapes["lm_head.weight"] = (VOCAB, self.hidden)
@@ -88,8 +75,31 @@ class SyntheticModel(Model):
         check_version(version)
         return np.random.default_rng([*self.name.encode(), version])
 
-    def _files(self) -> dict[str, str]:
-        config: dict[str, Any] = {
+    def _heads(self) -> int:
+        """Return the number of query heads."""
+        return self.hidden // HEAD_DIM
+
+    def _layer(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one layer's tensors, by their names in it."""
+        kv = KV_HEADS * HEAD_DIM
+        return {
+            "input_layernorm.weight": (self.hidden,),
+            "self_attn.q_proj.weight": (self.hidden, self.hidden),
+            "self_attn.q_proj.bias": (self.hidden,),
+            "self_attn.k_proj.weight": (kv, self.hidden),
+            "self_attn.k_proj.bias": (kv,),
+            "self_attn.v_proj.weight": (kv, self.hidden),
+            "self_attn.v_proj.bias": (kv,),
+            "self_attn.o_proj.weight": (self.hidden, self.hidden),
+            "post_attention_layernorm.weight": (self.hidden,),
+            "mlp.gate_proj.weight": (INTERMEDIATE, self.hidden),
+            "mlp.up_proj.weight": (INTERMEDIATE, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, INTERMEDIATE),
+        }
+
+    def _config(self) -> dict[str, Any]:
+        """Return the content of ``config.json``."""
+        return {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
             "hidden_size": self.hidden,
@@ -111,13 +121,15 @@ class SyntheticModel(Model):
             "eos_token_id": None,
             "pad_token_id": None,
         }
+
+    def _files(self) -> dict[str, str]:
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": MAX_POSITION,
             "clean_up_tokenization_spaces": False,
         }
         return {
-            "config.json": json.dumps(config, indent=2),
+            "config.json": json.dumps(self._config(), indent=2),
             "generation_config.json": json.dumps({"do_sample": False}),
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
             "tokenizer.json": _tokenizer(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import os
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
@@ -11,6 +12,7 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from roll_vllm.engine import RolloutEngine
 
 _POLL_S = 0.01
+_END_S = 3.0
 
 
 class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
@@ -30,15 +32,43 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
         self.vllm_config = kwargs["vllm_config"]
         RolloutEngineV0._alive.add(id(self))
         self._stepping = asyncio.Lock()
+        self._run_step, self.engine.step_async = self.engine.step_async, self._step
+        self._stop_loops, self._stopping = self.engine.stop_remote_worker_execution_loop_async, asyncio.Lock()
+        self.engine.stop_remote_worker_execution_loop_async = self._stop_worker_loops
         self._consumers: dict[str, asyncio.Task[Any] | None] = {}
         self._aborted: dict[str, Any] = {}
 
     # -- remote calls ---------------------------------------------------------------------------------------
 
     async def engine_step(self, virtual_engine: int) -> bool:
-        """As vLLM's ``engine_step``, while no remote call runs."""
+        """As vLLM's ``engine_step``, while no remote call runs. Frozen, all it does is to let aborted requests go."""
+        if self._frozen:
+            await asyncio.sleep(_POLL_S)
         async with self._stepping:
             return bool(await AsyncLLMEngine.engine_step(self, virtual_engine))
+
+    async def _step(self, virtual_engine: int) -> list[Any]:
+        return [] if self._frozen else list(await self._run_step(virtual_engine))
+
+    def _require_freezing(self) -> None:
+        """Nothing: it always works."""
+
+    async def _freeze(self, frozen: bool) -> None:
+        async with self._stepping:  # after the step that runs
+            # A pause may last longer than the other ranks wait for a step.
+            await self.engine.stop_remote_worker_execution_loop_async()
+
+    @property
+    def logprobs_mode(self) -> str:
+        return "processed_logprobs"  # of which V0 samples, in all releases
+
+    async def _stop_worker_loops(self) -> None:
+        """As vLLM's ``stop_remote_worker_execution_loop_async``, which fails if two run at once.
+
+        vLLM calls it when the last request has ended, and remote calls do whenever they come.
+        """
+        async with self._stopping:
+            await self._stop_loops()
 
     async def _call_workers(self, method: str, args: tuple[Any, ...], kwargs: Any) -> list[Any]:
         async with self._stepping:
@@ -47,6 +77,20 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
             call = self.engine.model_executor.collective_rpc
             results: list[Any] = await asyncio.to_thread(call, method, None, args, kwargs)
         return results
+
+    @classmethod
+    def _ray_executor(cls) -> Any:
+        from roll_vllm.executor.ray_executor_v0 import RayExecutorV0
+
+        return RayExecutorV0
+
+    def _core_pid(self, places: Sequence[Mapping[str, Any]]) -> int:
+        return os.getpid()
+
+    def _fail_requests(self, error: Exception) -> None:
+        tracker = getattr(self, "_request_tracker", None)
+        if tracker is not None:
+            tracker.propagate_exception(error)
 
     # -- requests -------------------------------------------------------------------------------------------
 
@@ -128,12 +172,25 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
         arriving = [stream.request_id for stream, _ in tracker._new_requests._queue]
         return [*arriving, *tracker._request_streams]
 
+    async def abort_all(self) -> None:
+        """As in general. Here requests are aborted by the next step, which is waited for."""
+        await RolloutEngine.abort_all(self)
+        tracker: Any = getattr(self, "_request_tracker", None)
+        while self.is_running and not tracker._aborted_requests.empty():
+            if not (tracker.has_new_requests() or self.engine.has_unfinished_requests()):
+                break  # no step is to come
+            await asyncio.sleep(_POLL_S)
+        async with self._stepping:
+            pass
+
     async def _settle(self) -> None:
         # Aborted requests leave the scheduler with the next step.
         while self.is_running and (self._request_tracker.has_new_requests() or self.engine.has_unfinished_requests()):
             await asyncio.sleep(_POLL_S)
 
     async def _reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        if self._death is not None:  # it is this process that would go on keeping blocks
+            raise self._death
         # What was aborted leaves with the next step, if one is to come.
         while (
             self.is_running
@@ -149,6 +206,12 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
 
         self.shutdown_background_loop()
         self.engine.model_executor.shutdown()
+        for worker in getattr(self.engine.model_executor, "workers", ()):
+            # vLLM asks its processes to end; one that is busy, or starved, would outlive the engine.
+            process = getattr(worker, "process", None)
+            if process is not None:
+                process.join(_END_S)
+                process.kill()
         RolloutEngineV0._alive.discard(id(self))
         if not RolloutEngineV0._alive:
             # The next engine may have another number of ranks.

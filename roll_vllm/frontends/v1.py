@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from roll_vllm.engine import RolloutEngine
-from roll_vllm.scheduling import BlocksInUseError
+from roll_vllm.errors import UnsupportedFeatureError
+from roll_vllm.scheduling import FREEZE, QUALNAME, THAW, BlocksInUseError
 
 
 class RolloutEngineV1(RolloutEngine, AsyncLLM):
@@ -33,6 +34,28 @@ class RolloutEngineV1(RolloutEngine, AsyncLLM):
         for parent in [key for key, value in parents.items() if not value.child_requests]:
             del parents[parent]
 
+    @classmethod
+    def _ray_executor(cls) -> Any:
+        from roll_vllm.executor.ray_executor import RayExecutorV1
+
+        return RayExecutorV1
+
+    def _core_pid(self, places: Sequence[Mapping[str, Any]]) -> int:
+        if (manager := getattr(self.engine_core.resources, "engine_manager", None)) is not None:
+            return int(manager.processes[0].pid)
+        return int(self.engine_core.resources.core_engines[0].proc_handle.proc.pid)  # 0.8.4
+
+    def _fail_requests(self, error: Exception) -> None:
+        for state in self.output_processor.request_states.values():
+            if state.queue is None:
+                continue
+            if hasattr(self.output_processor, "propagate_error"):
+                state.queue.put(error)
+            else:  # 0.8.4 has no errors in its queues
+                error.finished = True  # type: ignore[attr-defined]
+                state.queue.output = error
+                state.queue.ready.set()
+
     def unfinished_requests(self) -> dict[str, int]:
         processor = self.output_processor
         return {"requests": len(processor.request_states), "parents": len(processor.parent_requests)}
@@ -40,6 +63,23 @@ class RolloutEngineV1(RolloutEngine, AsyncLLM):
     def _request_ids(self) -> list[str]:
         processor = self.output_processor
         return [*processor.parent_requests, *processor.request_states]
+
+    def _require_freezing(self) -> None:
+        scheduler = self.vllm_config.scheduler_config.scheduler_cls
+        if scheduler != QUALNAME:
+            raise UnsupportedFeatureError(
+                f"mode='keep' needs the runtime's own scheduler, and this engine has {scheduler}; start it without "
+                "scheduler_cls and async_scheduling, or pause with mode='wait' or 'abort'"
+            )
+
+    async def _freeze(self, frozen: bool) -> None:
+        # As a call and not as an abort, which nobody confirms.
+        await self.engine_core.call_utility_async("abort_requests", [FREEZE if frozen else THAW])
+
+    @property
+    def logprobs_mode(self) -> str:
+        mode = getattr(self.vllm_config.model_config, "logprobs_mode", "raw_logprobs")  # 0.8.4 has no other
+        return str(getattr(mode, "value", mode))
 
     async def _settle(self) -> None:
         """Nothing: the engine core takes aborts and what follows in order."""

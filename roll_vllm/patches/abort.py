@@ -12,27 +12,30 @@ from roll_vllm.patches.patch import Patch
 def abort_delivers(original: Callable[..., Any]) -> Callable[..., Any]:
     """``OutputProcessor.abort_requests`` that sends a last output with finish reason "abort" to each caller."""
 
-    @wraps(original)
-    def abort_requests(self: Any, request_ids: Iterable[str]) -> list[str]:
+    def end(self: Any, request_id: str) -> list[str]:
         from vllm.v1.engine import FinishReason
 
+        state = self.request_states.get(request_id)
+        if state is None:
+            return []
+        aborted = original(self, [request_id])
+        output = state.make_request_output([], FinishReason.ABORT, None)
+        if output is not None and state.queue is not None:
+            state.queue.put(output)
+        if state.parent_req is not None and not state.parent_req.child_requests:
+            self.parent_requests.pop(state.parent_req.request_id, None)
+        return aborted
+
+    @wraps(original)
+    def abort_requests(self: Any, request_ids: Iterable[str]) -> list[str]:
         aborted = []
         for request_id in request_ids:
             parent = self.parent_requests.get(request_id)
+            # A copy: every child leaves the set when its last output is made. And a child's id may be another parent's.
+            for one in [request_id] if parent is None else sorted(parent.child_requests):
+                aborted += end(self, one)
             if parent is not None:
-                # A copy: every child leaves the set when its last output is made.
-                aborted += abort_requests(self, sorted(parent.child_requests))
                 self.parent_requests.pop(request_id, None)
-                continue
-            state = self.request_states.get(request_id)
-            if state is None:
-                continue
-            aborted += original(self, [request_id])
-            output = state.make_request_output([], FinishReason.ABORT, None)
-            if output is not None and state.queue is not None:
-                state.queue.put(output)
-            if state.parent_req is not None and not state.parent_req.child_requests:
-                self.parent_requests.pop(state.parent_req.request_id, None)
         return aborted
 
     return abort_requests

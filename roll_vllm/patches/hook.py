@@ -30,7 +30,7 @@ class ImportHook(MetaPathFinder):
     def clear(self) -> None:
         """Forget all actions."""
         self._actions.clear()
-        if self in sys.meta_path:
+        if self in (sys.meta_path or ()):  # None while Python shuts down
             sys.meta_path.remove(self)
 
     def find_spec(

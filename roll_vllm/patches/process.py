@@ -24,6 +24,7 @@ from roll_vllm import versions
 from roll_vllm.errors import ConfigurationError, RollVllmError
 from roll_vllm.patches.apply import Application, Outcome
 from roll_vllm.patches.patch import PatchError
+from roll_vllm.worker.lifeline import watch_parent
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ _watches_forks = False
 def load() -> None:
     """vLLM's general plugin. Never raises: :func:`require` does, in a place where vLLM passes it on."""
     if os.environ.get(VARIABLE):
+        # From here on, and not only once the engine is up: its start may take minutes, and be killed. The process that
+        # makes the engine has its patches already.
+        if _state.application is None and multiprocessing.parent_process() is not None:
+            watch_parent()
         try:
             apply_here(multiprocessing.current_process().name)
         except Exception as error:

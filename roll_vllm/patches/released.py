@@ -27,7 +27,7 @@ _TIMEOUT_S = 120
 
 def default_cache() -> Path:
     """Where downloaded sources are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "roll-vllm" / "sources"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "roll-vllm" / "sources"
 
 
 def trees(releases: Iterable[str], *, sources: Path | None = None, cache: Path | None = None) -> dict[str, SourceTree]:

@@ -113,7 +113,8 @@ def _switch_compilation_off(compilation: Any) -> None:
     # A level and a mode of 0 both mean: no compilation.
     old = versions.satisfies(stand_ins.version(), "<0.11.1")
     setattr(compilation, "level" if old else "mode", 0)
-    compilation.custom_ops = ["none"]  # the compiled ones are for CUDA
+    # The compiled ones are for CUDA, and so is what vLLM calls the native form of experts.
+    compilation.custom_ops = ["none", "+unquantized_fused_moe"]
     compilation.cudagraph_capture_sizes = []
     compilation.compile_sizes = []
     if getattr(compilation, "max_capture_size", 0) is None:  # V0's model runner allocates that many rows

@@ -19,6 +19,7 @@ ops.install()
 
 # Until 0.10.2 the V1 engine has no worker for CPUs.
 _HAS_CPU_WORKER = versions.at_least(stand_ins.version(), "0.10.2")
+_WAITS_WITHOUT_TOKENS = not versions.at_least(stand_ins.version(), "0.11.0")
 
 if _HAS_CPU_WORKER:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner as ReferenceModelRunner
@@ -36,6 +37,12 @@ if _HAS_CPU_WORKER:
             )
             set_random_seed(self.model_config.seed)
             self.model_runner = ReferenceModelRunner(self.vllm_config, self.device)
+
+        def execute_model(self, scheduler_output: Any) -> Any:
+            # Such a step only says which requests have ended, and 0.10.2's rank waits for what none before it sends.
+            if _WAITS_WITHOUT_TOKENS and not scheduler_output.total_num_scheduled_tokens:
+                return self.model_runner.execute_model(scheduler_output)
+            return super().execute_model(scheduler_output)
 
 else:
     stand_ins.install()  # a worker process may get here first

@@ -7,6 +7,8 @@ and refused with one error when it does not fit together.
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +20,10 @@ from roll_vllm.errors import WeightUpdateError
 FORMAT = "roll_vllm.bucket/1"
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
 _MOST_BYTES = 2**63 - 1  # torch counts with 64 bits, also past a size of 0
+_MOST_DIMENSIONS = 64  # of torch's kernels
+_LONGEST_NAME = 1000  # characters
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+_MOST_DIGITS = 20  # of a number in a payload: more than 64 bits have, and few enough to be multiplied and printed
 
 #: Element size in bytes of every dtype that may travel, by its torch name.
 ELEMENT_SIZE: Mapping[str, int] = {
@@ -36,10 +42,20 @@ def dtype_name(dtype: Any) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in ELEMENT_SIZE:
         raise WeightUpdateError(
-            f"dtype {dtype!r} cannot be sent; send one of {', '.join(ELEMENT_SIZE)} "
+            f"dtype {shown(dtype)} cannot be sent; send one of {', '.join(ELEMENT_SIZE)} "
             "(cast the tensor first, or give the dtype by its torch name)"
         )
     return name
+
+
+def shown(value: Any) -> str:
+    """What a message says of a value that may be anything, of any size."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = 8
 
 
 @dataclass(frozen=True)
@@ -58,11 +74,18 @@ class TensorSpec:
             WeightUpdateError: they are not the name, dtype and shape of a tensor.
         """
         try:
-            spec = cls(name, dtype_name(dtype), tuple(map(index, shape)))
+            spec = cls(name, dtype_name(dtype), tuple(map(_whole, shape)))
         except TypeError as error:
-            raise WeightUpdateError(f"{name}: {shape!r} is not a shape; give a list of whole numbers") from error
-        if not isinstance(name, str):
-            raise WeightUpdateError(f"{name!r} is not a tensor's name; give a string")
+            label = name if _is_text(name) else shown(name)
+            raise WeightUpdateError(f"{label}: {shown(shape)} is not a shape; give a list of whole numbers") from error
+        if not _is_text(name):
+            raise WeightUpdateError(
+                f"{shown(name)} is not a tensor's name; give a string of at most {_LONGEST_NAME} characters"
+            )
+        if len(spec.shape) > _MOST_DIMENSIONS:
+            raise WeightUpdateError(
+                f"{name}: a tensor has at most {_MOST_DIMENSIONS} dimensions, got {len(spec.shape)}"
+            )
         sizes = (max(size, 1) for size in spec.shape)
         if min(spec.shape, default=0) < 0 or prod(sizes) * ELEMENT_SIZE[spec.dtype] > _MOST_BYTES:
             raise WeightUpdateError(f"{spec}: no tensor has this shape")
@@ -77,13 +100,24 @@ class TensorSpec:
         return f"{self.name} ({self.dtype}, shape {list(self.shape)})"
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return index(value)
+
+
+def _is_text(name: Any) -> bool:
+    """Whether it is a text that may be part of any message: not too long, and such that UTF-8 has it."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME and not _HALF_A_PAIR.search(name)
+
+
 def specs_from(names: Iterable[str], dtypes: Iterable[Any], shapes: Iterable[Iterable[int]]) -> list[TensorSpec]:
     """Build specs from ROLL's three parallel lists.
 
     Raises:
         WeightUpdateError: the lists differ in length, or an entry is not a name, dtype or shape.
     """
-    columns = list(names), list(dtypes), list(shapes)
+    columns: tuple[list[Any], ...] = (list(names), list(dtypes), list(shapes))
     if len({len(column) for column in columns}) != 1:
         counts = ", ".join(f"{len(c)} {label}" for c, label in zip(columns, ("names", "dtypes", "shapes"), strict=True))
         raise WeightUpdateError(f"names, dtypes and shapes must have one entry per tensor, got {counts}")
@@ -131,16 +165,16 @@ class BucketManifest:
             WeightUpdateError: the payload is not one of ours, or its parts do not fit together.
         """
         try:
-            document = json.loads(payload)
+            document = json.loads(payload, parse_int=_integer)
             if document["format"] != FORMAT:
-                raise ValueError(f"format {document['format']!r}")
+                raise ValueError(f"format {shown(document['format'])}")
             placements = tuple(
-                Placement(TensorSpec.checked(name, dtype, shape), index(offset))
+                Placement(TensorSpec.checked(name, dtype, shape), _whole(offset))
                 for name, dtype, shape, offset in document["tensors"]
             )
-            manifest = cls(document["segment"], index(document["size"]), placements)
+            manifest = cls(document["segment"], _whole(document["size"]), placements)
             if not isinstance(manifest.segment, str) or manifest.size < 0:
-                raise ValueError(f"segment {manifest.segment!r} of {manifest.size} bytes")
+                raise ValueError(f"segment {shown(manifest.segment)} of {manifest.size} bytes")
         except WeightUpdateError:
             raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -148,10 +182,15 @@ class BucketManifest:
                 f"the payload is not a {FORMAT} bucket ({type(error).__name__}: {error}); pack it with "
                 "roll_vllm.BucketSender or roll_vllm.serialize_named_weights. Pickled payloads are never loaded"
             ) from error
-        manifest._check()
+        manifest.check()
         return manifest
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Look whether the tensors fit into the segment.
+
+        Raises:
+            WeightUpdateError: they do not, or one is there twice.
+        """
         seen: set[str] = set()
         for placement in self.placements:
             spec = placement.spec
@@ -165,6 +204,12 @@ class BucketManifest:
                     f"{spec} should lie in bytes {placement.offset}..{placement.end} of its bucket, which has only "
                     f"{self.size}: the bucket does not match its metadata; pack it again"
                 )
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def align(offset: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import uuid
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from roll_vllm import backends
 from roll_vllm.errors import ConfigurationError, UnsupportedFeatureError
 from roll_vllm.transfer.bucket import BucketSender, NamedTensors, items_of
-from roll_vllm.transfer.collective import CollectiveSender
+from roll_vllm.transfer.collective import SETTINGS, CollectiveSender
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -42,6 +43,9 @@ class Receiver(Protocol):
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> Awaitable[None]:
         """Join a group."""
+
+    def worker_environment(self, names: Sequence[str]) -> Awaitable[list[dict[str, str | None]]]:
+        """The values of variables in each worker."""
 
 
 class WeightUpdate:
@@ -106,10 +110,28 @@ async def _local_group(engine: Receiver) -> CollectiveSender:
         port = probe.getsockname()[1]
     world_size = 1 + engine.vllm_config.parallel_config.world_size
     name = f"roll_vllm-{uuid.uuid4().hex[:8]}"
-    backend = backends.of_torch(engine.vllm_config.device_config.device_type).communication
+    device = _spare_device(engine)
+    communication = backends.of_torch(engine.vllm_config.device_config.device_type).communication
+    backend = communication if device else "gloo"
+    # What vLLM sets in its processes, such as NCCL_CUMEM_ENABLE=0 in 0.8.4, holds here too.
+    (theirs, *_) = await engine.worker_environment(SETTINGS.get(backend, ()))
+    variables = {name: value for name, value in theirs.items() if value is not None and name not in os.environ}
     joined = engine.setup_collective_group("127.0.0.1", port, 1, world_size, name, backend)
-    _, sender = await _both(joined, asyncio.to_thread(CollectiveSender, "127.0.0.1", port, world_size, name, backend))
+    joining = asyncio.to_thread(CollectiveSender, "127.0.0.1", port, world_size, name, backend, device, variables)
+    _, sender = await _both(joined, joining)
     return sender
+
+
+def _spare_device(engine: Receiver) -> str | None:
+    """A device of this process beside those of the engine's workers, if there is one: NCCL takes one rank a device."""
+    import torch
+
+    kind, parallel = engine.vllm_config.device_config.device_type, engine.vllm_config.parallel_config
+    # Multiprocessing workers have the first devices of this process, Ray's may have any.
+    if kind == "cpu" or parallel.distributed_executor_backend == "ray":
+        return None
+    count = torch.get_device_module(kind).device_count()
+    return f"{kind}:{parallel.world_size}" if count > parallel.world_size else None
 
 
 async def _both(first: Any, second: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 import tempfile
 import uuid
 import weakref
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roll_vllm.errors import ConfigurationError, WeightUpdateError
+from roll_vllm.transfer.manifest import shown
 
 if TYPE_CHECKING:
     import torch
 
 _PREFIX = "roll_vllm-"
+_LONGEST_PATH = 4096  # characters; Linux takes no longer one
 _OWNER = re.compile(rf"{_PREFIX}(\d+)-[0-9a-f]+")
 
 
@@ -104,11 +107,16 @@ def attach(path: str, size: int) -> torch.Tensor:
     """
     file = Path(path)
     try:
-        ours = _OWNER.fullmatch(file.name) and file.parent.resolve() == directory().resolve()
-    except ValueError:  # characters that no path can have
+        ours = (
+            len(path) <= _LONGEST_PATH
+            and _OWNER.fullmatch(file.name)
+            and file.parent.resolve() == directory().resolve()
+            and (not os.path.lexists(file) or stat.S_ISREG(file.lstat().st_mode))
+        )
+    except (ValueError, OSError):  # characters that no path can have; a segment that goes away just now
         ours = False
     if not ours:
-        raise WeightUpdateError(f"{path!r} is not a shared-memory segment of roll_vllm in {directory()}")
+        raise WeightUpdateError(f"{shown(path)} is not a shared-memory segment of roll_vllm in {directory()}")
     try:
         found = file.stat().st_size
     except OSError as error:
@@ -120,7 +128,12 @@ def attach(path: str, size: int) -> torch.Tensor:
         raise WeightUpdateError(
             f"the segment {path} has {found} bytes, its metadata says {size}: pack the bucket again"
         )
-    return _map(file, size)
+    try:
+        return _map(file, size)
+    except RuntimeError as error:  # torch has no type of its own for what the system refuses
+        raise WeightUpdateError(
+            f"cannot map the segment {path}: {error}. Run trainer and engine as one user, and on one host"
+        ) from error
 
 
 def _map(path: Path, size: int) -> torch.Tensor:

@@ -1,22 +1,50 @@
 """The class that vLLM mixes into its worker (``worker_extension_cls``).
 
 vLLM refuses an extension that has any name in common with the worker, private names included, and its workers
-gain names with every release; the prefix keeps ours apart from all of them.
+gain names with every release; the prefix keeps ours apart from all of them. The one name without it is an attribute
+that vLLM sets on the worker itself, and that a property here receives.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from roll_vllm.patches import process
 from roll_vllm.state import WeightsStatus
 
 QUALNAME = f"{__name__}.RollVllmWorkerExtension"
 
 
+def meeting_place(method: str | None, environ: Mapping[str, str]) -> str | None:
+    """Where the ranks of an engine meet: a file instead of a port of the loopback address.
+
+    torch's store would listen on all interfaces, whatever address it is given.
+
+    Args:
+        method: torch's ``init_method``, as vLLM gives it.
+        environ: the worker's variables; without an engine's directory in it nothing is changed.
+    """
+    directory = environ.get(process.VARIABLE, "")
+    if method is None or not method.startswith("tcp://127.") or not directory or set(directory) & set("?#;"):
+        return method
+    # vLLM's CPU worker takes what follows the last colon for a name.
+    return f"file://{directory}/meeting:{method.rpartition(':')[2]}"
+
+
 class RollVllmWorkerExtension:
     """Adds two remote calls to a vLLM worker; everything else lives in :class:`WorkerRuntime`."""
+
+    @property
+    def distributed_init_method(self) -> str | None:
+        """The worker's own attribute of this name, changed by :func:`meeting_place` when it is set."""
+        method: str | None = vars(self).get("distributed_init_method")  # 0.8.4 asks before it is set
+        return method
+
+    @distributed_init_method.setter
+    def distributed_init_method(self, method: str | None) -> None:
+        vars(self)["distributed_init_method"] = meeting_place(method, os.environ)
 
     def roll_vllm_init(self, initial: str, frontend: int) -> None:
         """Prepare the worker, once.
@@ -28,7 +56,6 @@ class RollVllmWorkerExtension:
         Raises:
             PatchError: a patch could not be applied in this process.
         """
-        from roll_vllm.patches import process
         from roll_vllm.worker.lifeline import watch_parent
         from roll_vllm.worker.runtime import WorkerRuntime
 

@@ -1,10 +1,12 @@
-"""A worker ends when the process that created its engine is gone, however that process died.
+"""A process of an engine ends when the one that created it is gone, however that one died.
 
-vLLM's engine core is not told when its parent is killed (vllm-project/vllm#55846), so each child watches.
+vLLM's engine core is not told when its parent is killed (vllm-project/vllm#55846), so each process watches the one that
+made it: the engine core the frontend, and the workers of several ranks the engine core.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,7 +21,8 @@ def watch_parent() -> None:
     if _started.is_set():
         return
     _started.set()
-    parent = os.getppid()
+    maker = multiprocessing.parent_process()  # which may be gone already
+    parent = os.getppid() if maker is None else maker.pid
     threading.Thread(target=_watch, args=(parent,), name="roll_vllm-lifeline", daemon=True).start()
 
 

@@ -14,7 +14,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from math import prod
@@ -28,7 +28,7 @@ from roll_vllm.transfer.manifest import TensorSpec, dtype_name
 from roll_vllm.worker.checksums import checksum
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -146,11 +146,16 @@ class WeightLoader:
     Args:
         model: the worker's part of the model, with vLLM's ``load_weights``.
         tied: whether the model ties ``lm_head`` to its embeddings.
+        optional: parameters that a complete set need not reach.
     """
 
-    def __init__(self, model: torch.nn.Module, tied: bool) -> None:
+    def __init__(self, model: torch.nn.Module, tied: bool, optional: Collection[str] = ()) -> None:
         self._model = model
         self._tied = tied
+        self._optional = frozenset(optional)
+        self._on_other_ranks = tuple(
+            f"{name}." for name, module in model.named_modules() if type(module).__name__ == "PPMissingLayer"
+        )
         self._routes: dict[str, Route] = {}
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._owners: dict[int, str] = {}
@@ -254,16 +259,27 @@ class WeightLoader:
         for name, head in heads.items():
             self._check_tied(name, head)
 
+    def remember_embeddings(self, other: WeightLoader) -> None:
+        """Take over where the loader of a model of the same names put the embeddings, to judge heads tied to them."""
+        for name, route in other._routes.items():
+            if name.endswith("embed_tokens.weight"):
+                self._routes[name] = replace(route, targets=[], trusted=False)
+
     # -- one tensor ---------------------------------------------------------------------------------------
 
     def _is_set_aside(self, name: str) -> bool:
-        # vLLM recomputes rotary tables and skips a tied head; neither has a parameter of its own.
-        return name.endswith("rotary_emb.inv_freq") or (self._tied and name.endswith("lm_head.weight"))
+        # vLLM recomputes rotary tables and skips a tied head; neither has a parameter of its own. Layers of other
+        # pipeline stages have theirs on other ranks.
+        return (
+            name.endswith("rotary_emb.inv_freq")
+            or (self._tied and name.endswith("lm_head.weight"))
+            or name.startswith(self._on_other_ranks)
+        )
 
     def _set_aside(self, name: str, tensor: torch.Tensor) -> bool:
         if not self._is_set_aside(name):
             return False
-        if name.endswith("lm_head.weight"):
+        if self._tied and name.endswith("lm_head.weight"):
             self._tied_heads[name] = tensor.clone()
         return True
 
@@ -382,7 +398,7 @@ class WeightLoader:
             storage = parameter.untyped_storage()
             owner = self._owners[storage._cdata]
             written, known = regions[owner], (name, frozenset(senders[owner]))
-            if known in self._known_covered:
+            if known in self._known_covered or name in self._optional:
                 continue
             if sum(region.numel for region in written) < parameter.numel():
                 yield name

@@ -81,5 +81,14 @@ def request(lora_int_id: int) -> Any:
     """vLLM's ``LoRARequest`` for a registered adapter: a name of its own, and a path that is never read."""
     from vllm.lora.request import LoRARequest
 
-    name = f"roll_vllm-{lora_int_id}"
+    name = _name(lora_int_id)
     return LoRARequest(lora_name=name, lora_int_id=lora_int_id, lora_path=name)
+
+
+def is_from_tensors(lora_request: Any) -> bool:
+    """Whether a ``LoRARequest``, or None, is one of :func:`request`."""
+    return lora_request is not None and lora_request.lora_path == _name(lora_request.lora_int_id)
+
+
+def _name(lora_int_id: int) -> str:
+    return f"roll_vllm-{lora_int_id}"

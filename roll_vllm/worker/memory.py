@@ -2,18 +2,22 @@
 
 Level 1 gives back the KV cache; level 2 the weights too. On CPU vLLM has no sleep mode at all, so the
 storages of the tensors are resized to nothing and back: every view, tied parameter and ``nn.Parameter``
-object stays valid. Buffers and other small tensors stay in memory; they are what nobody would send again.
+object stays valid. Buffers and other small tensors, which nobody would send again, stay in memory on CPU, and
+are kept on the host elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, UnsupportedFeatureError
 from roll_vllm.state import TAGS
+from roll_vllm.worker.checksums import named_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +53,7 @@ def _unique_storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStora
 
 
 class StorageMemory:
-    """Sleep by releasing tensor storages, for the CPU backend.
+    """Sleep by releasing tensor storages, where vLLM has no memory pool: on the CPU, and on a few older devices.
 
     Args:
         model: the module whose parameters are the weights.
@@ -81,8 +85,16 @@ class StorageMemory:
         for tag in tags:
             self._sizes[tag] = [storage.nbytes() for storage in self._storages[tag]]
             for storage in self._storages[tag]:
-                storage.resize_(0)
+                _release(storage)
+        self._return_free_memory()
+
+    def _return_free_memory(self) -> None:
+        """What torch's allocators have free goes back to the system."""
+        import torch
+
         _return_free_pages()
+        for kind in {storage.device.type for storages in self._storages.values() for storage in storages} - {"cpu"}:
+            torch.get_device_module(kind).empty_cache()
 
     def wake(self, tags: Iterable[str]) -> frozenset[str]:
         """Allocate again: zeros for the KV cache, the poison pattern for weights."""
@@ -96,8 +108,8 @@ class StorageMemory:
                     _fill(storage, 0 if tag == "kv_cache" else POISON)
         except (RuntimeError, MemoryError) as error:
             for storage in done:
-                storage.resize_(0)
-            _return_free_pages()
+                _release(storage)
+            self._return_free_memory()
             raise EngineOutOfMemoryError(
                 f"waking {' and '.join(sorted(waking))} needs {sum(sum(self._sizes[tag]) for tag in waking)} bytes, "
                 f"which the host does not have: {OUT_OF_MEMORY_REMEDY}. Nothing was taken; free memory and wake again"
@@ -114,13 +126,20 @@ class StorageMemory:
 class PoolMemory:
     """Sleep by vLLM's own memory pool (``enable_sleep_mode``), for accelerators.
 
-    vLLM's level 1 keeps a copy of the weights in host memory, so they wake as they were.
+    vLLM's level 1 keeps a copy of the weights in host memory, so they wake as they were. Whatever else the model
+    holds lies in the weights' memory too: buffers, and tensors kept as plain attributes, such as the scales of an
+    attention layer. At level 2 vLLM saves none of them (0.8.4) or the buffers alone; here all of them are.
+
+    Args:
+        worker: vLLM's worker, with its model loaded.
     """
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._sleeping: frozenset[str] = frozenset()
         self._level = 0
+        #: What level 2 would lose: tensors of the model and, while they sleep, their content on the host.
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def sleeping(self) -> frozenset[str]:
@@ -132,22 +151,101 @@ class PoolMemory:
         if self._sleeping == frozenset(TAGS) and level <= self._level:
             return
         self.wake(TAGS)
-        self._worker.sleep(level)
+        if level == 2:
+            model = self._worker.model_runner.get_model()
+            self._saved = [(tensor, tensor.to("cpu", copy=True)) for tensor in _beside_parameters(model)]
+        try:
+            self._worker.sleep(level)
+        except AssertionError as error:
+            # All is given back by then: vLLM only compares what is free on the device, and others take some of it.
+            if "Memory usage increased" not in str(error):
+                raise
         self._sleeping, self._level = frozenset(TAGS), level
 
     def wake(self, tags: Iterable[str]) -> frozenset[str]:
         """Wake the tags, weights first: up to vLLM 0.24 any wake writes saved buffers into the weights' memory."""
+        import torch
+
         wanted = [tag for tag in TAGS if tag in set(tags) and tag in self._sleeping]
         if wanted == ["kv_cache"] and "weights" in self._sleeping:
             wanted = list(TAGS)
+        self._check_room(wanted)
         for tag in wanted:
+            # From 0.12.0 on, vLLM sets the scales of an fp8 KV cache to 1.0 when it wakes, calibrated or not.
+            scales = [] if tag == "weights" else [(scale, scale.clone()) for scale in _kv_scales(self._worker)]
             self._worker.wake_up([tag])
             self._sleeping -= {tag}
+            with torch.inference_mode():
+                if tag == "weights":
+                    for tensor, saved in self._saved:
+                        tensor.copy_(saved)
+                    self._saved = []
+                else:
+                    for tensor in _kv_caches(self._worker):
+                        tensor.zero_()
+                for scale, calibrated in scales:
+                    scale.copy_(calibrated)
         return frozenset(wanted)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held now, by tag; unknown to vLLM's pool, hence empty."""
+        """Bytes of the device held now, by tag, as the pool maps them; empty where its pool is not vLLM's own."""
+        sizes = _pool_bytes()
+        return {tag: 0 if tag in self._sleeping else size for tag, size in sizes.items()}
+
+    def _check_room(self, tags: Iterable[str]) -> None:
+        # vLLM's pool only prints that there is no memory left, and then copies into what it did not get.
+        sizes = _pool_bytes()
+        needed = sum(sizes.get(tag, 0) for tag in tags)
+        if not needed:
+            return
+        import torch
+
+        free, _ = torch.cuda.mem_get_info()
+        if free < needed:
+            raise EngineOutOfMemoryError(
+                f"waking {' and '.join(tags)} needs {needed} bytes, and the device has {free} free: "
+                f"{OUT_OF_MEMORY_REMEDY}. Nothing was taken; free memory and wake again"
+            )
+
+
+def _pool_bytes() -> dict[str, int]:
+    """Bytes in this process's pool by tag, asleep or not; empty without vLLM's own pool (NPUs have another)."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    pool = module.CuMemAllocator.instance if module else None
+    if pool is None:
         return {}
+    sizes = dict.fromkeys(TAGS, 0)
+    for allocation in pool.pointer_to_data.values():
+        if allocation.tag in sizes:
+            sizes[allocation.tag] += int(allocation.handle[1])
+    return sizes
+
+
+def _beside_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors of a model that share no storage with a parameter; what is listed twice, once."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for _, tensor in named_tensors(model):
+        if tensor.untyped_storage()._cdata not in parameters:
+            found.setdefault((tensor.data_ptr(), tensor.nbytes), tensor.detach())
+    return list(found.values())
+
+
+def _kv_scales(worker: Any) -> list[torch.Tensor]:
+    """The scales of keys and values that the attention layers of a model hold."""
+    named = named_tensors(worker.model_runner.get_model())
+    return [tensor.detach() for name, tensor in named if name.endswith(("k_scale", "v_scale"))]
+
+
+def _kv_caches(worker: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a worker's KV cache, whatever lists vLLM keeps them in."""
+    pending = [getattr(worker, "gpu_cache", None) or getattr(worker.model_runner, "kv_caches", None) or []]
+    while pending:
+        for item in pending.pop():
+            if hasattr(item, "zero_"):
+                yield item
+            else:
+                pending.append(item)
 
 
 @contextlib.contextmanager
@@ -169,7 +267,23 @@ def out_of_memory_explained(action: str) -> Iterator[None]:
 def _fill(storage: torch.UntypedStorage, value: int) -> None:
     import torch
 
-    torch.empty(0, dtype=torch.uint8).set_(storage).fill_(value)
+    torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).fill_(value)
+
+
+def _release(storage: torch.UntypedStorage) -> None:
+    """Free a storage and the pages behind it."""
+    if storage.device.type == "cpu":
+        _return_pages(storage)
+    storage.resize_(0)
+
+
+def _return_pages(storage: torch.UntypedStorage) -> None:
+    """Give the pages of a storage back that is about to be freed: a thread's own heap would keep the last ones."""
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _return_free_pages() -> None:

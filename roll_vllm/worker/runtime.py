@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from roll_vllm import versions
+from roll_vllm import backends, versions
 from roll_vllm.errors import (
     ConfigurationError,
     EngineAsleepError,
@@ -17,13 +19,16 @@ from roll_vllm.errors import (
     UnsupportedFeatureError,
     WeightUpdateError,
 )
+from roll_vllm.executor.cluster import where
+from roll_vllm.patches import process
 from roll_vllm.state import TAGS, WeightsStatus
-from roll_vllm.transfer import collective, shared_memory
+from roll_vllm.transfer import collective, roll_bucket, shared_memory
 from roll_vllm.transfer.manifest import BucketManifest, specs_from
 from roll_vllm.worker import lora
 from roll_vllm.worker.checksums import model_checksums
 from roll_vllm.worker.loading import WeightLoader
 from roll_vllm.worker.memory import PoolMemory, SleepMemory, StorageMemory, out_of_memory_explained
+from roll_vllm.worker.refit import Refit, is_quantised
 
 if TYPE_CHECKING:
     from roll_vllm.transfer.collective import CollectiveGroup
@@ -44,7 +49,8 @@ class WorkerRuntime:
         self._worker = worker
         self._model: torch.nn.Module = worker.model_runner.get_model()
         _keep_linear_weights_live(self._model)
-        self._loader = WeightLoader(self._model, _is_tied(worker))
+        self._loader = self._own_loader = WeightLoader(self._model, _is_tied(worker))
+        self._refit = Refit(worker, self._model, self._process) if is_quantised(worker) else None
         self._memory: SleepMemory = (
             PoolMemory(worker)
             if worker.model_config.enable_sleep_mode
@@ -54,8 +60,9 @@ class WorkerRuntime:
         self._segments: dict[str, torch.Tensor] = {}
         self._buckets: dict[bytes, list[tuple[str, torch.Tensor]]] = {}
         self._adapter: dict[str, torch.Tensor] = {}
+        self._adapters: set[int] = set()  # of this engine; others may live in the same process
         self._status = initial
-        _guard(worker, self._memory)
+        self._passes = _guard(worker, self._memory)
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -69,6 +76,8 @@ class WorkerRuntime:
             "sleeping": sorted(self._memory.sleeping),
             "resident_bytes": self._memory.resident_bytes(),
             "missing": self._loader.missing()[:10] if updating else [],
+            "passes": self._passes.run,
+            "refused_passes": self._passes.refused,
         }
 
     def checksums(self) -> dict[str, str]:
@@ -83,9 +92,31 @@ class WorkerRuntime:
         time.sleep(delays[rank] if rank < len(delays) else 0)
         return rank
 
+    def placement(self) -> dict[str, Any]:
+        """Where this worker runs, as :func:`roll_vllm.executor.cluster.where` tells it, and its rank."""
+        visibility = backends.of_torch(self._device.type).visibility
+        return {"rank": int(self._worker.rank), **where(visibility[-1] if visibility else ())}
+
+    def patch_record(self) -> dict[str, Any]:
+        """What became of the patches in this process."""
+        return process.record()
+
     def environment(self, names: Sequence[str]) -> dict[str, str | None]:
         """The values of the variables in this process; None where unset."""
         return {name: os.environ.get(name) for name in names}
+
+    def device_memory(self, reset_peak: bool) -> dict[str, int]:
+        """Bytes that torch has allocated on this worker's device, ``allocated`` and ``peak``.
+
+        Raises:
+            UnsupportedFeatureError: the device has no memory of its own.
+        """
+        if self._device.type == "cpu":
+            raise UnsupportedFeatureError("torch does not count what it allocates on a CPU; ask the operating system")
+        device = torch.get_device_module(self._device.type)
+        if reset_peak:
+            device.reset_peak_memory_stats()
+        return {"allocated": device.memory_allocated(), "peak": device.max_memory_allocated()}
 
     # -- sleep ----------------------------------------------------------------------------------------------
 
@@ -122,6 +153,10 @@ class WorkerRuntime:
             )
         if "weights" in self._memory.sleeping:
             self.wake(["weights"])
+        if self._refit is not None:
+            with out_of_memory_explained("making room for the weights to be quantised"):
+                second = self._refit.begin()
+            self._loader = WeightLoader(second, _is_tied(self._worker), self._refit.optional())
         self._loader.begin()
         return self.state()
 
@@ -130,6 +165,11 @@ class WorkerRuntime:
         payload = payloads[int(self._worker.rank)]
         if not isinstance(payload, bytes):
             raise WeightUpdateError(f"a payload must be bytes, got {type(payload).__name__}; see BucketSender.payloads")
+        if roll_bucket.is_pickle(payload):
+            state = self._take(roll_bucket.load(payload), is_lora)
+            if self._device.type != "cpu":
+                torch.get_device_module(self._device.type).synchronize()  # the sender is going to free its bucket
+            return state
         if payload not in self._buckets:
             manifest = BucketManifest.decode(payload)
             # Mappings of segments that their senders deleted would hold memory here.
@@ -184,24 +224,34 @@ class WorkerRuntime:
 
         Raises:
             ConfigurationError: no tensors were sent, or vLLM refuses the adapter.
+            EngineAsleepError: the weights are asleep, in whose memory vLLM's pool holds the adapters.
         """
+        if "weights" in self._memory.sleeping:
+            raise EngineAsleepError("the weights are asleep; wake them (load_states()) before add_lora()")
         tensors, self._adapter = self._adapter, {}
         lora.register(number, config, tensors)
+        self._adapters.add(number)
         try:
             self._worker.add_lora(lora.request(number))
         except Exception as error:
             lora.forget(number)
+            self._adapters.discard(number)
             raise ConfigurationError(
                 f"vLLM refuses the LoRA adapter: {error}. Check the adapter_config, the tensors' names and shapes, and "
                 "the engine's max_lora_rank; then send the tensors again"
             ) from error
         self._forget_adapters(older_than=number)
 
+    def list_loras(self) -> list[int]:
+        """The ids of the adapters that vLLM holds, or that are kept for it."""
+        return sorted({*self._worker.list_loras(), *self._adapters})
+
     def _forget_adapters(self, older_than: int | None = None) -> None:
-        for number in lora.registered():
+        for number in sorted(self._adapters):
             if older_than is None or number < older_than:
                 lora.forget(number)
                 self._worker.remove_lora(number)
+                self._adapters.discard(number)
 
     def _load(self, pairs: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
         # A tied head may trail behind the tensor that completed the set; it starts no new one.
@@ -232,22 +282,43 @@ class WorkerRuntime:
         """
         try:
             self._loader.finish()
-        except WeightUpdateError:
+            if self._refit is not None:
+                with out_of_memory_explained("quantising the weights"):
+                    self._refit.finish()
+        except RollVllmError:
             self._status = WeightsStatus.INCONSISTENT if self._loader.dirty else self._status
             raise
+        counts = {"replayed": self._loader.replayed, "loaded": self._loader.loaded}
+        if self._refit is not None:
+            self._own_loader.remember_embeddings(self._loader)
+            self._loader = self._own_loader
         self._status = WeightsStatus.COMPLETE
-        return {**self.state(), "replayed": self._loader.replayed, "loaded": self._loader.loaded}
+        return {**self.state(), **counts}
 
     def abandon_update(self) -> bool:
         """Give the set up. Returns whether it had written anything, so that the parameters are a mixture."""
-        if self._loader.dirty:
+        dirty = self._loader.dirty
+        if dirty:
             self._status = WeightsStatus.INCONSISTENT
-        return self._loader.dirty
+        if self._refit is not None:
+            self._refit.drop()
+            self._loader, self._own_loader.dirty = self._own_loader, dirty
+        return dirty
 
     def process_weights_after_loading(self) -> None:
-        """Run vLLM's post-load step (kernel layouts, scales) on the weights as they are."""
+        """Run vLLM's post-load step (kernel layouts, scales) on the weights as they are.
+
+        Quantised weights have been through it, which they bear but once: then nothing is done.
+        """
         if "weights" in self._memory.sleeping:
             raise EngineAsleepError("the weights are asleep; wake and update them before processing them")
+        if self._refit is not None:
+            return
+        self._process(self._model)
+        _keep_linear_weights_live(self._model)
+        self._loader.rescan()
+
+    def _process(self, model: torch.nn.Module) -> None:
         from vllm.config import set_current_vllm_config
 
         worker = self._worker
@@ -255,18 +326,23 @@ class WorkerRuntime:
         torch.set_default_dtype(worker.model_config.dtype)
         try:
             with set_current_vllm_config(worker.vllm_config):
-                _post_load_step()(self._model, worker.model_config, self._device)
+                _post_load_step()(model, worker.model_config, self._device)
         finally:
             torch.set_default_dtype(default)
-        _keep_linear_weights_live(self._model)
-        self._loader.rescan()
 
     # -- collective -----------------------------------------------------------------------------------------
 
     def setup_group(
-        self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+        self,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        seconds: float,
     ) -> int:
-        """Join a collective group; returns the rank taken in it."""
+        """Join a collective group, waiting so long for the others; returns the rank taken in it."""
         if group_name in self._groups:
             raise ConfigurationError(
                 f"collective group {group_name!r} exists already; set up the new one under another name"
@@ -278,9 +354,15 @@ class WorkerRuntime:
                 "the trainer is rank 0, and world_size counts it and every worker"
             )
         self._groups[group_name] = collective.CollectiveGroup(
-            master_address, master_port, rank, world_size, group_name, backend
+            master_address, master_port, rank, world_size, group_name, backend, timedelta(seconds=seconds)
         )
         return rank
+
+    def leave_group(self, group_name: str) -> None:
+        """Leave a collective group; harmless if the worker is in none of that name."""
+        group = self._groups.pop(group_name, None)
+        if group is not None:
+            group.close()
 
     @property
     def _device(self) -> torch.device:
@@ -320,6 +402,12 @@ def _keep_linear_weights_live(model: torch.nn.Module) -> None:
     the plain one closes over nothing.
     """
     for name, module in model.named_modules():
+        experts = type(vars(module).get("cpu_fused_moe")).__name__
+        if experts == "SGLFusedMOE" or (experts == "CPUFusedMOE" and module.w13_weight.numel() == 0):
+            raise UnsupportedFeatureError(
+                f"this CPU build of vLLM packed the experts of {name} at load, so they cannot be updated; use a "
+                "build without oneDNN and with VLLM_CPU_SGL_KERNEL=0"
+            )
         linear = vars(module).get("cpu_linear")
         if linear is None or linear.__closure__ is None:
             continue
@@ -331,16 +419,37 @@ def _keep_linear_weights_live(model: torch.nn.Module) -> None:
         module.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias)
 
 
-def _guard(worker: Any, memory: SleepMemory) -> None:
-    """Refuse to run the model on memory that is given back: on CPU that would be a segmentation fault."""
-    execute_model = worker.execute_model
+@dataclass
+class _Passes:
+    """Forward passes of one worker that were run, and that were refused because memory is given back."""
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if memory.sleeping:
-            raise EngineAsleepError(
-                f"the scheduler tried to run the model while {', '.join(sorted(memory.sleeping))} sleep; send "
-                "requests through the rollout engine, which holds them back until it is awake"
-            )
-        return execute_model(*args, **kwargs)
+    run: int = 0
+    refused: int = 0
 
-    worker.execute_model = guarded
+
+def _guard(worker: Any, memory: SleepMemory) -> _Passes:
+    """Count forward passes, and refuse those on memory that is given back: on CPU a segmentation fault else."""
+    passes = _Passes()
+
+    def guarded(forward: Callable[..., Any], innermost: bool) -> Callable[..., Any]:
+        def execute(*args: Any, **kwargs: Any) -> Any:
+            # Without tokens, V1 only tells the runner which requests have ended.
+            if args and getattr(args[0], "total_num_scheduled_tokens", None) == 0:
+                return forward(*args, **kwargs)
+            if memory.sleeping:
+                passes.refused += 1
+                raise EngineAsleepError(
+                    f"the scheduler tried to run the model while {', '.join(sorted(memory.sleeping))} sleep; send "
+                    "requests through the rollout engine, which holds them back until it is awake"
+                )
+            passes.run += innermost
+            return forward(*args, **kwargs)
+
+        return execute
+
+    runner = worker.model_runner
+    # Ray calls the runner itself; idle data-parallel ranks run dummy batches.
+    for owner, name in ((worker, "execute_model"), (runner, "execute_model"), (runner, "_dummy_run")):
+        if hasattr(owner, name):
+            setattr(owner, name, guarded(getattr(owner, name), owner is runner))
+    return passes

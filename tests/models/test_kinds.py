@@ -17,7 +17,8 @@ from pytest_roll_vllm.models import Model, make
 from pytest_roll_vllm.models.reference import ReferenceModel
 from roll_vllm.errors import ConfigurationError
 
-SYNTHETIC = ("counting", "counting-tied", "random", "random-tied")
+BODIES = ("", "-tied", "-moe", "-moe-tied", "-mixtral")
+SYNTHETIC = tuple(kind + body for kind in ("counting", "random") for body in BODIES)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_weights_are_complete_reproducible_and_all_different(name: str, cache: P
         model.weights(-1)
 
 
-@pytest.mark.parametrize("suffix", ["", "-tied"])
+@pytest.mark.parametrize("suffix", BODIES)
 def test_counting_and_random_share_a_directory_but_no_weights(suffix: str, cache: Path) -> None:
     counting, random = make("counting" + suffix, cache), make("random" + suffix, cache)
     assert counting.path == random.path
@@ -60,7 +61,7 @@ def test_text_is_numbers(cache: Path) -> None:
     assert tokenizer.eos_token_id is None
 
 
-@pytest.mark.parametrize("name", ["random", "random-tied"])
+@pytest.mark.parametrize("name", [f"random{body}" for body in BODIES])
 def test_random_logits_are_spread_and_depend_on_context(name: str, cache: Path) -> None:
     model = make(name, cache)
     one, other = ReferenceModel(model).logprobs([[5, 6, 7, 8], [9, 6, 7, 8]], version=1)

@@ -19,21 +19,23 @@ def sampling(kind: str, n: int = 1, logprobs: int | None = None) -> Any:
 class Frontend:
     """0.8.4's output processor with its requests, and the engine core's answers by hand."""
 
-    def __init__(self, kind: str, n: int, logprobs: int | None = None) -> None:
+    def __init__(
+        self, kind: str, n: int, logprobs: int | None = None, name: str = "r", beside: Frontend | None = None
+    ) -> None:
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
         from vllm.v1.engine.parallel_sampling import ParentRequest
 
         tokenizers = SimpleNamespace(get_lora_tokenizer=lambda request: None)
-        self.processor = OutputProcessor(tokenizers, log_stats=False)
+        self.processor = beside.processor if beside else OutputProcessor(tokenizers, log_stats=False)
         params = sampling(kind, n, logprobs)
         self.queue = RequestOutputCollector(params.output_kind)
-        parent = ParentRequest("r", params) if n > 1 else None
+        parent = ParentRequest(name, params) if n > 1 else None
         self.ids = []
         for index in range(n):
-            name, one = parent.get_child_info(index) if parent else ("r", params)
+            child, one = parent.get_child_info(index) if parent else (name, params)
             request = EngineCoreRequest(
-                request_id=name,
+                request_id=child,
                 prompt=None,
                 prompt_token_ids=[1, 2],
                 mm_inputs=None,
@@ -45,7 +47,7 @@ class Frontend:
                 lora_request=None,
             )
             self.processor.add_request(request, parent, index, self.queue)
-            self.ids.append(name)
+            self.ids.append(child)
 
     def generate(self, index: int, tokens: list[int], finish: Any = None) -> None:
         from vllm.v1.engine import EngineCoreOutput
@@ -101,6 +103,17 @@ def test_a_single_request(frontend: Callable[..., Frontend], kind: str) -> None:
     assert one.finished
     assert one.empty()
     assert one.processor.abort_requests(["r", "unknown"]) == []
+
+
+def test_a_childs_id_may_be_another_parents(frontend: Callable[..., Frontend]) -> None:
+    one = frontend("CUMULATIVE", 2)
+    other = frontend("CUMULATIVE", 2, name="0_r", beside=one)
+    assert sorted(one.processor.abort_requests(["r"])) == ["0_r", "1_r"]
+    assert one.read() == {0: ([], "abort"), 1: ([], "abort")}
+    other.generate(0, [10])
+    assert other.read() == {0: ([10], None)}
+    assert sorted(one.processor.abort_requests(["0_r"])) == ["0_0_r", "1_0_r"]
+    assert one.empty()
 
 
 def test_one_child_ends_before_the_abort(frontend: Callable[..., Frontend]) -> None:

@@ -1,4 +1,4 @@
-"""0.8.4: weights that can be loaded again, and fp8 scales that find their place."""
+"""Experts that load again and are computed from their weights; fp8 scales that find their place (0.8.4)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from on_vllm import SELECTED
+
+from roll_vllm.errors import UnsupportedFeatureError
 
 for_fp8 = pytest.mark.skipif(
     all(patch.name != "fp8-qkv-block-scales" for patch in SELECTED), reason="0.8.4 alone needs fp8-qkv-block-scales"
@@ -48,6 +50,81 @@ def test_experts_keep_their_loaders(patched: Callable[[str], Any]) -> None:
         for parameter in (layer.w13_weight, layer.w2_weight):
             assert (parameter.weight_loader, parameter.other) == ("the loader", 1)
     assert layer.w13_weight.eq(1.0).all()
+
+
+def routed(layer: torch.nn.Module, x: torch.Tensor, router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """What the experts must give, token by token."""
+    rows = []
+    for token, logits in zip(x, router_logits, strict=True):
+        weights, chosen = logits.softmax(dim=-1).topk(top_k)
+        row = torch.zeros_like(token)
+        for weight, expert in zip(weights / weights.sum(), chosen, strict=True):
+            gate, up = (layer.w13_weight[expert] @ token).chunk(2)
+            row += weight * (layer.w2_weight[expert] @ (torch.nn.functional.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def layer_of_experts() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Four experts with random weights, five tokens, and their router logits."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Module()
+    for name, shape in (("w13_weight", (4, 6, 8)), ("w2_weight", (4, 8, 3))):
+        values = torch.randn(shape, generator=generator)
+        layer.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    return layer, torch.randn(5, 8, generator=generator), torch.randn(5, 4, generator=generator)
+
+
+@for_experts
+def test_experts_on_a_cpu_are_computed_from_their_weights(
+    patched: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    owner = patched("moe-loaders-kept")
+    layer, x, logits = layer_of_experts()
+    before = layer.w13_weight
+    owner().process_weights_after_loading(layer)
+    assert layer.w13_weight is before
+
+    def computed(scoring: str = "softmax") -> torch.Tensor:
+        result: torch.Tensor = owner().forward_cpu(layer, x, False, 2, logits, True, scoring_func=scoring)
+        return result
+
+    for _ in range(2):
+        assert torch.allclose(computed(), routed(layer, x, logits, 2), atol=1e-5)
+        layer.w13_weight.data.neg_()
+    with pytest.raises(UnsupportedFeatureError, match="softmax"):
+        computed("sigmoid")
+
+
+def test_experts_are_not_packed(patched: Callable[[str], Any]) -> None:
+    patched("moe-weights-unpacked")
+    owner = patched("moe-by-torch")
+    layer, x, logits = layer_of_experts()
+    for _ in range(2):
+        result = owner(layer)(layer, x, False, 2, logits, True, global_num_experts=4)
+        assert torch.allclose(result, routed(layer, x, logits, 2), atol=1e-5)
+        layer.w13_weight.data.neg_()
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_norms_of_slices(patched: Callable[[str], Any], is_patched: bool) -> None:
+    if all(patch.name != "cpu-norm-of-slices" for patch in SELECTED):
+        pytest.skip("0.12.0 alone needs cpu-norm-of-slices")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("needs the kernel of a CPU build")
+    if is_patched:
+        patched("cpu-norm-of-slices")
+    with set_current_vllm_config(VllmConfig()):
+        norm = RMSNorm(8)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))[:, :16].view(5, 2, 8)
+    assert torch.allclose(norm.forward_cuda(x), norm.forward_native(x), atol=1e-5) is is_patched
 
 
 ROWS, COLUMNS = 4, 2

@@ -430,10 +430,25 @@ def test_only_segments_are_attached(segments: Path, tmp_path: Path) -> None:
     (segments / "below" / "roll_vllm-1-ab").write_bytes(b"secret")
     wrong = ["/etc/passwd", str(outside), f"{segments}/other", f"{segments}/below/roll_vllm-1-ab"]
     wrong += [f"{segments}/../roll_vllm-1-ab", f"{segments}/roll_vllm-1-ab\n", f"{segments}\0/roll_vllm-1-ab"]
+    (segments / "roll_vllm-1-aa").mkdir()
+    (segments / "roll_vllm-1-bb").symlink_to(outside)
+    os.mkfifo(segments / "roll_vllm-1-cc")
+    wrong += [f"{segments}/roll_vllm-1-{name}" for name in ("aa", "bb", "cc")]
+    wrong += ["/" * 5000 + f"{segments}/roll_vllm-1-ab", f"{segments}/" + "a/../" * 2000 + "roll_vllm-1-ab"]
     wrong += ["roll_vllm-1-ab", "", ".", "/", "\ud800/roll_vllm-1-ab"]
     for path in wrong:
         with pytest.raises(WeightUpdateError, match="is not a shared-memory segment of roll_vllm"):
             shared_memory.attach(path, 1)
+
+
+def test_a_segment_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_file(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to open file: Permission denied (13)")
+
+    segment = Segment(100)
+    monkeypatch.setattr(torch, "from_file", from_file)  # the permission of root cannot be taken away
+    with pytest.raises(WeightUpdateError, match=r"cannot map the segment .*Permission denied.* as one user"):
+        shared_memory.attach(str(segment.path), 100)
 
 
 def test_a_segment_shorter_than_promised() -> None:

@@ -12,12 +12,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 from roll_vllm import CollectiveSender
 from roll_vllm.errors import ConfigurationError, WeightUpdateError
+from roll_vllm.transfer import collective
 from roll_vllm.transfer.collective import CollectiveGroup, receive, timeout
 from roll_vllm.transfer.manifest import ELEMENT_SIZE, specs_from
 from roll_vllm.worker.checksums import checksum
@@ -138,6 +140,87 @@ def test_the_default_group_is_left_alone(join: Join, name: str, other_process: P
     assert len(dist.distributed_c10d._world.pg_map) == before
     other_process.submit(leave_there, name).result(60)
     assert other_process.submit(tidy_there).result(60) == (False, 0)
+
+
+# --- together --------------------------------------------------------------------------------------------
+
+
+def join_as_others_do(port: int, world_size: int, name: str) -> None:
+    """As ROLL's trainers and OpenRLHF's do: torch's own group, and nothing else in its store."""
+    from torch.distributed import PrefixStore, distributed_c10d
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous(f"tcp://127.0.0.1:{port}", 1, world_size, timeout=timedelta(seconds=60)))
+    prefixed = PrefixStore(name, store)
+    limit = timedelta(seconds=60)
+    group, _ = distributed_c10d._new_process_group_helper(world_size, 1, [], "gloo", prefixed, name, timeout=limit)
+    others[name] = group
+
+
+def receive_as_others_do(name: str, count: int) -> list[float]:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    tensor = torch.empty(count)
+    others[name].broadcast([tensor], options).wait()
+    return list(tensor.tolist())
+
+
+others: dict[str, Any] = {}
+
+
+def test_a_rank_of_another_library(
+    port: int, name: str, other_process: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROLL_VLLM_COLLECTIVE_TIMEOUT", "30")
+    there = other_process.submit(join_as_others_do, port, 2, name)
+    sender = CollectiveSender("127.0.0.1", port, 2, name)
+    there.result(60)
+    received = other_process.submit(receive_as_others_do, name, 3)
+    sender.send({"a": torch.tensor([1.0, 2.0, 3.0])})
+    assert received.result(60) == [1.0, 2.0, 3.0]
+    sender.close()
+
+
+def test_settings_that_differ(
+    port: int, name: str, other_process: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_DEVICE_TRANSPORT", "TCP")
+    there = other_process.submit(join_there, port, 2, name)
+    for join, other in ((lambda: CollectiveSender("127.0.0.1", port, 2, name), 1), (lambda: there.result(60), 0)):
+        with pytest.raises(ConfigurationError) as caught:
+            join()
+        assert "GLOO_DEVICE_TRANSPORT is" in str(caught.value)
+        assert "'TCP' on rank 0" in str(caught.value)
+        assert "not set on rank 1" in str(caught.value)
+        assert f"on rank {other}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(0, 0)])
+def test_sides_that_differ(join: Join, name: str, other_process: ProcessPoolExecutor, kept: slice) -> None:
+    sender = join()
+    tensors = [("a", torch.zeros(3)), ("b", torch.zeros(2, 2))]
+    there = other_process.submit(receive_there, name, CollectiveSender.describe(tensors))
+    message = "failed on rank 0: rank 1 expects 2 tensors, 28 bytes in all.*; given are [01] tensors"
+    fails_within(20, lambda: sender.send(tensors[kept]), message)
+    fails_within(20, lambda: there.result(60), "failed on rank 1: rank 0 sends [01] tensors.*; expected are 2 tensors")
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_the_store_listens_at_its_address(join: Join, name: str, port: int, other_process: ProcessPoolExecutor) -> None:
+    join()
+    connections = psutil.Process().net_connections(kind="inet")
+    listening = {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN and one.laddr.port == port}
+    assert listening == {"127.0.0.1"}
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_interfaces() -> None:
+    variable = "GLOO_SOCKET_IFNAME"
+    assert collective._interface("127.0.0.1", {}) in ({variable: "lo"}, {})  # not every system calls it so
+    assert collective._interface("127.0.0.1", {variable: "eth0"}) == {}
+    assert collective._interface("10.0.0.7", {}) == {}
+    assert collective._interface("10.0.0.7", {variable: "eth0"}) == {}
+    assert collective._interface("10.0.0.7", {variable: "lo"}) == {variable: None}
 
 
 # --- in time ---------------------------------------------------------------------------------------------

@@ -608,3 +608,28 @@ def test_many_tensors_are_fast() -> None:
         rows = torch.randn(count, 2)
         update(WeightLoader(Many(), tied=False), {f"p{number}": row for number, row in enumerate(rows)})
     assert count <= looked_at < 3 * count
+
+
+def test_heads_are_judged_by_the_embeddings_of_a_model_of_the_same_names() -> None:
+    """The one that quantised weights were loaded into is gone by then."""
+    first, second = (WeightLoader(Toy(tied=True), tied=True) for _ in range(2))
+    weights = checkpoint(0, tied=True)
+    update(second, weights)
+    first._model.load_state_dict(second._model.state_dict())
+    first.remember_embeddings(second)
+    head = weights["model.embed_tokens.weight"]
+    first.load([("lm_head.weight", head)])
+    first.check_tied_heads()
+    first.load([("lm_head.weight", head + 1)])
+    with pytest.raises(WeightUpdateError, match="ties them"):
+        first.check_tied_heads()
+    assert not first.dirty
+
+
+def test_optional_parameters_need_not_be_reached() -> None:
+    model = Toy()
+    model.attention = torch.nn.Module()
+    model.attention.k_scale = torch.nn.Parameter(torch.tensor(-1.0), requires_grad=False)
+    with pytest.raises(WeightUpdateError, match=r"attention\.k_scale"):
+        update(WeightLoader(model, tied=False), checkpoint(0))
+    update(WeightLoader(model, tied=False, optional={"attention.k_scale"}), checkpoint(0))

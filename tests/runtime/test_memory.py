@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -174,10 +178,32 @@ def resident() -> int:
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
+def test_memory_of_a_threads_own_heap_goes(model: Model) -> None:
+    """Where rank 0 lives in the caller's process, its calls run on threads, whose heaps glibc does not always trim."""
+
+    def cycles() -> list[int]:
+        torch.empty(30 * MIB, dtype=torch.uint8)  # from now on, blocks up to this size come from the heap
+        sleeper = StorageMemory(model, [torch.zeros(16 * MIB, dtype=torch.uint8) for _ in range(2)])
+        freed = []
+        for _ in range(60):
+            before = resident()
+            sleeper.sleep(1)
+            freed.append(before - resident())
+            sleeper.wake(TAGS)
+        return freed
+
+    with ThreadPoolExecutor(1) as threads:
+        freed = threads.submit(cycles).result()
+    assert min(freed) > 28 * MIB, [size // MIB for size in freed]
+
+
 @pytest.mark.parametrize("block", [64 * KIB, 8 * MIB], ids=["small blocks", "large blocks"])
 def test_the_process_gets_smaller(block: int) -> None:
     count = 128 * MIB // block
     model = torch.nn.Module()
+    # Else what ran before would leave pages to use again, or be freed meanwhile, and the process would not grow.
+    gc.collect()
+    memory._return_free_pages()
     before = resident()
     blocks = [torch.ones(block, dtype=torch.uint8) for _ in range(count)]
     for number, tensor in enumerate(blocks[::2]):
@@ -206,16 +232,62 @@ def test_out_of_memory_is_explained() -> None:
 
 
 class FakePoolWorker:
-    """Stands for a vLLM worker with a memory pool; notes what is asked of it."""
+    """Stands for a vLLM worker with a memory pool; notes what is asked of it, and loses what level 2 loses."""
 
     def __init__(self) -> None:
         self.calls: list[object] = []
+        self.model = torch.nn.Linear(2, 2, bias=False)
+        self.model.register_buffer("table", torch.ones(3), persistent=False)
+        self.model.scale = torch.tensor(2.0)
+        self.model.alias = self.model.weight.data[0]
+        self.kv_caches = [torch.ones(4), (torch.ones(2), torch.ones(2))]
+        self.model_runner = self
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
 
     def sleep(self, level: int) -> None:
         self.calls.append(level)
+        if level == 2:
+            for tensor in (self.model.weight.data, self.model.table, self.model.scale):
+                tensor.fill_(float("nan"))
 
     def wake_up(self, tags: list[str]) -> None:
         self.calls.append(tags)
+
+
+def test_the_pool_keeps_what_nobody_sends() -> None:
+    worker = FakePoolWorker()
+    pool = PoolMemory(worker)
+    pool.sleep(2)
+    assert worker.model.scale.isnan()
+    pool.wake(["weights"])
+    assert worker.model.table.tolist() == [1.0] * 3
+    assert worker.model.scale.item() == 2.0
+    assert worker.model.weight.isnan().all(), "the parameters and what shares their memory come with the update"
+    assert worker.kv_caches[0].all()
+    pool.wake(["kv_cache"])
+    assert not any(tensor.any() for tensor in (worker.kv_caches[0], *worker.kv_caches[1]))
+
+
+def test_the_pool_keeps_the_scales_of_the_kv_cache() -> None:
+    """Which vLLM 0.12.0 sets to 1.0 when the cache wakes."""
+    worker = FakePoolWorker()
+    worker.model.attention = torch.nn.Module()
+    worker.model.attention._k_scale = torch.tensor(0.25)
+    wake_up = worker.wake_up
+
+    def resetting(tags: list[str]) -> None:
+        wake_up(tags)
+        if "kv_cache" in tags:
+            worker.model.attention._k_scale.fill_(1.0)
+
+    worker.wake_up = resetting  # type: ignore[method-assign]
+    pool = PoolMemory(worker)
+    for level in (1, 2):
+        pool.sleep(level)
+        pool.wake(TAGS)
+        assert worker.model.attention._k_scale.item() == 0.25
 
 
 def test_the_pool_wakes_weights_first() -> None:
@@ -230,6 +302,17 @@ def test_the_pool_wakes_weights_first() -> None:
     assert pool.wake(["weights"]) == frozenset()
     assert pool.wake(["kv_cache", "weights"]) == KV
     assert worker.calls == [2, ["weights"], ["kv_cache"], 1, ["weights"], ["kv_cache"]]
+
+
+def test_a_neighbour_may_take_memory_meanwhile() -> None:
+    worker = FakePoolWorker()
+    pool = PoolMemory(worker)
+    for message, known in (("Memory usage increased after sleeping.", True), ("something else", False)):
+        worker.sleep = Mock(side_effect=AssertionError(message))  # type: ignore[method-assign]
+        with contextlib.nullcontext() if known else pytest.raises(AssertionError):
+            pool.sleep(2)
+        assert pool.sleeping == (BOTH if known else frozenset())
+        pool.wake(TAGS)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1), (2, 2)])

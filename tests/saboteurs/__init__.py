@@ -1,10 +1,43 @@
 """Engines and environments that are broken on purpose, one way each.
 
-A saboteur names the contracts that must fail on it; ``tests/proof`` runs exactly those against it. What a
+A saboteur names the contracts that must fail on it; ``pytest --vllm-prove`` runs exactly those against it. What a
 saboteur breaks is the real thing: the runtime's own functions, in this process or inside the worker.
 """
 
-from tests.saboteurs import adapters, generation, lifecycle, sleep, weights
+from tests.saboteurs import (
+    accelerators,
+    adapters,
+    faults,
+    generation,
+    lifecycle,
+    moe,
+    pause,
+    placement,
+    security,
+    sleep,
+    traffic,
+    weights,
+)
 from tests.saboteurs.base import SABOTEURS, Saboteur
+from tests.saboteurs.worker import QUALNAME
 
-__all__ = ["SABOTEURS", "Saboteur", "adapters", "generation", "lifecycle", "sleep", "weights"]
+#: What the engines of the proof are started with.
+ENGINE_ARGS = {"worker_extension_cls": QUALNAME}
+
+__all__ = [
+    "ENGINE_ARGS",
+    "SABOTEURS",
+    "Saboteur",
+    "accelerators",
+    "adapters",
+    "faults",
+    "generation",
+    "lifecycle",
+    "moe",
+    "pause",
+    "placement",
+    "security",
+    "sleep",
+    "traffic",
+    "weights",
+]

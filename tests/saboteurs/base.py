@@ -1,49 +1,35 @@
-"""What a saboteur is, and the list of them all."""
+"""How saboteurs are registered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
-#: A context in which the engine, given as its handle, is broken.
-Breakage = Callable[[Any], AbstractContextManager[Any]]
+from pytest_roll_vllm.proof import Breakage, Saboteur
 
 SABOTEURS: dict[str, Saboteur] = {}
 
 
-@dataclass(frozen=True)
-class Saboteur:
-    """A way to break an engine.
+def saboteur(*fails: str, **engine: Any) -> Callable[[Breakage], Breakage]:
+    """Register a context manager function as a saboteur, under its own name.
 
-    Attributes:
-        name: what it does, in words joined by hyphens.
-        fails: the contracts that must fail on it.
-        breakage: enters the broken state on the shared engine and leaves it.
-        starts_engine: whether the broken part is starting one, so that the contract's own start must meet it.
+    ``engine`` are the fields of :class:`Saboteur` that say which engine is meant.
     """
-
-    name: str
-    fails: tuple[str, ...]
-    breakage: Breakage
-    starts_engine: bool = False
-
-
-def saboteur(*fails: str, starts_engine: bool = False) -> Callable[[Breakage], Breakage]:
-    """Register a context manager function as a saboteur, under its own name."""
 
     def register(breakage: Breakage) -> Breakage:
         name = breakage.__name__.replace("_", "-")
-        SABOTEURS[name] = Saboteur(name, fails, breakage, starts_engine)
+        SABOTEURS[name] = Saboteur(name, fails, breakage, **engine)
         return breakage
 
     return register
 
 
-def in_worker(name: str, *fails: str) -> None:
-    """Register the breakage of that name in :mod:`tests.saboteurs.worker`, applied inside every worker."""
-    from contextlib import contextmanager
+def in_worker(name: str, *fails: str, **engine: Any) -> None:
+    """Register the breakage of that name in :mod:`tests.saboteurs.worker`, applied inside every worker.
+
+    ``engine`` is as for :func:`saboteur`.
+    """
 
     @contextmanager
     def breakage(engine: Any) -> Any:
@@ -53,4 +39,4 @@ def in_worker(name: str, *fails: str) -> None:
         finally:
             engine.run(engine.collective_rpc("roll_vllm_heal"))
 
-    SABOTEURS[name] = Saboteur(name, fails, breakage)
+    SABOTEURS[name] = Saboteur(name, fails, breakage, **engine)

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.saboteurs.base import saboteur
-from tests.saboteurs.worker import UNPATCHED, UNWATCHED
+from tests.saboteurs.worker import LITTERING, ONE_SEED, SAME_PORT, UNPATCHED
 
 
 @saboteur("env-expandable-segments", "env-isolated-and-restored", "cache-isolated-or-safe", starts_engine=True)
@@ -21,8 +21,9 @@ def one_environment_for_all(engine: Any) -> Iterator[None]:
     honest = environment.worker_environment
 
     def shared(**given: Any) -> dict[str, str]:
-        # Without its binding of threads the engine would not even start.
-        kept = {name: value for name, value in honest(**given).items() if name == "VLLM_CPU_OMP_THREADS_BIND"}
+        # Without these the engine would not even start.
+        needed = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_USE_V1")
+        kept = {name: value for name, value in honest(**given).items() if name in needed}
         return {
             **kept,
             "PYTORCH_CUDA_ALLOC_CONF": given["environ"].get("PYTORCH_CUDA_ALLOC_CONF", ""),
@@ -41,7 +42,7 @@ def one_environment_for_all(engine: Any) -> Iterator[None]:
         os.environ.update(before)
 
 
-@saboteur("ex-rpc-results-ordered")
+@saboteur("ex-rpc-results-ordered", ranks=2)
 @contextmanager
 def answers_in_order_of_arrival(engine: Any) -> Iterator[None]:
     """Results come as they arrive, errors of other ranks than the first are lost, and no timeout holds."""
@@ -58,8 +59,36 @@ def answers_in_order_of_arrival(engine: Any) -> Iterator[None]:
 @saboteur("ex-shutdown-no-orphans", starts_engine=True)
 @contextmanager
 def leaves_children_behind(engine: Any) -> Iterator[None]:
-    """No process watches its parent, and each worker leaves a process of its own behind."""
-    with patch.dict(os.environ, {UNWATCHED: "1"}):
+    """Each worker leaves a process of its own behind."""
+    with patch.dict(os.environ, {LITTERING: "1"}):
+        yield
+
+
+@saboteur("ex-ports-safe", starts_engine=True)
+@contextmanager
+def gives_everybody_one_port(engine: Any) -> Iterator[None]:
+    """All engines of a host are told to take the same port."""
+    with patch.dict(os.environ, {SAME_PORT: "29871"}):
+        yield
+
+
+@saboteur("gen-seed-policy", starts_engine=True)
+@contextmanager
+def gives_everybody_one_seed(engine: Any) -> Iterator[None]:
+    """Every engine that is given no seed has the same one."""
+    with patch.dict(os.environ, {ONE_SEED: "0"}), patch("roll_vllm.factory._own_seed", lambda: 0):
+        yield
+
+
+@saboteur("ex-worker-death-visible", ranks=2)
+@contextmanager
+def does_not_hear_of_deaths(engine: Any) -> Iterator[None]:
+    """What the watch sees is told to nobody; callers get what vLLM says, or nothing."""
+
+    async def deaf(error: BaseException) -> None:
+        pass
+
+    with patch.object(engine.engine, "_died", lambda error: None), patch.object(engine.engine, "_hear_of_death", deaf):
         yield
 
 
@@ -102,4 +131,25 @@ def says_only_that_it_failed(engine: Any) -> Iterator[None]:
             raise WeightUpdateError("the operation failed") from None
 
     with patch.object(engine.engine, "_workers", vague):
+        yield
+
+
+@saboteur("cache-warm-start-kept", starts_engine=True)
+@contextmanager
+def clears_every_cache(engine: Any) -> Iterator[None]:
+    """Shutdown deletes the caches of workers with a name, too."""
+    from roll_vllm import environment
+
+    with patch.object(environment, "is_unnamed", lambda directory: True):
+        yield
+
+
+@saboteur("vd-capabilities-declared")
+@contextmanager
+def declares_too_little(engine: Any) -> Iterator[None]:
+    """The target says that it cannot pause, and does when it is told to."""
+    from pytest_roll_vllm.targets import Capability, Support
+    from pytest_roll_vllm.targets.runtime import RollVllm
+
+    with patch.dict(RollVllm.capabilities, {"pause": Capability(Support.UNSUPPORTED, "it is said to be impossible")}):
         yield

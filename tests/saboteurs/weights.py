@@ -15,6 +15,8 @@ in_worker("add-instead-of-copy", "wu-repeat-and-split-invariant", "wu-a-b-a")
 in_worker("round-the-weights", "lp-parity-trainer", "wu-every-parameter-reached")
 in_worker("ignore-unknown-names", "wu-every-parameter-reached", "wu-versioned-and-fail-closed")
 in_worker("lose-updates-while-asleep", "wu-while-asleep", "sl-tag-order")
+in_worker("skip-updates-on-one-rank", "wu-all-ranks-all-transports", ranks=2)
+in_worker("acknowledge-early-on-one-rank", "wu-all-ranks-all-transports", ranks=2)
 
 
 @saboteur("wu-invalidates-prefix-cache", "sl-level1-identity")

@@ -7,34 +7,60 @@ honest extension.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from unittest.mock import patch
 
+from conformance.worker import SuiteExtension
+from roll_vllm import environment, factory
 from roll_vllm.patches import process
-from roll_vllm.worker.extension import RollVllmWorkerExtension
 
 QUALNAME = f"{__name__}.SabotagedExtension"
 
-#: Set for a whole engine, parents and children: no process watches its parent.
-UNWATCHED = "ROLL_VLLM_SABOTAGE_UNWATCHED"
+#: Set for a whole engine: its workers start processes that outlive them.
+LITTERING = "ROLL_VLLM_SABOTAGE_LITTERING"
 
 
 #: Set for a whole engine: its workers take the runtime's patches back.
 UNPATCHED = "ROLL_VLLM_SABOTAGE_UNPATCHED"
 
 
-class SabotagedExtension(RollVllmWorkerExtension):
+#: Set for a whole engine: it takes this port, whoever has it.
+SAME_PORT = "ROLL_VLLM_SABOTAGE_PORT"
+
+#: Set for a whole engine: it has this seed, if it is given none.
+ONE_SEED = "ROLL_VLLM_SABOTAGE_SEED"
+
+# In a script, which imports this before it chooses.
+if SAME_PORT in os.environ:
+    environment.free_port = lambda: int(os.environ[SAME_PORT])
+if ONE_SEED in os.environ:
+    factory._own_seed = lambda: int(os.environ[ONE_SEED])
+
+
+#: Set for a whole engine: the breakage that its workers begin with, for contracts that start engines themselves.
+FROM_START = "ROLL_VLLM_SABOTAGE_FROM_START"
+
+#: Set for a whole engine: its workers take the runtime's patches back before they profile their device's memory.
+UNBEARING = "ROLL_VLLM_SABOTAGE_UNBEARING"
+
+if UNBEARING in os.environ:  # in a worker, which has loaded its plugins when it imports this
+    process.undo_here()
+
+
+class SabotagedExtension(SuiteExtension):
     """The worker extension, with a switch."""
 
     def roll_vllm_init(self, initial: str, frontend: int) -> None:
-        with patch("roll_vllm.worker.lifeline.watch_parent") if UNWATCHED in os.environ else ExitStack():
-            super().roll_vllm_init(initial, frontend)
-        if UNWATCHED in os.environ:
+        super().roll_vllm_init(initial, frontend)
+        if LITTERING in os.environ:
             _leave_a_child_behind()
         if UNPATCHED in os.environ:
             process.undo_here()
+        if FROM_START in os.environ:
+            self.roll_vllm_sabotage(os.environ[FROM_START])
 
     def roll_vllm_sabotage(self, name: str) -> None:
         runtime = vars(self)["roll_vllm_runtime"]
@@ -109,6 +135,27 @@ def lose_updates_while_asleep(runtime: Any) -> Sequence[Any]:
     loader, memory = runtime._loader, runtime._memory
     replay = loader._replay
     return [patch.object(loader, "_replay", lambda pairs: None if memory.sleeping else replay(pairs))]
+
+
+def skip_updates_on_one_rank(runtime: Any) -> Sequence[Any]:
+    """The last rank acknowledges every update and keeps its weights."""
+    return [patch.object(runtime._loader, "_replay", lambda pairs: None)] if runtime._worker.rank == 1 else []
+
+
+def acknowledge_early_on_one_rank(runtime: Any) -> Sequence[Any]:
+    """The last rank acknowledges a bucket, and copies it when the sender may have filled it with the next one."""
+    loader, late = runtime._loader, []
+    replay, finish = loader._replay, loader.finish
+
+    def finishing() -> None:
+        for pairs in late:
+            replay(pairs)
+        late.clear()
+        finish()
+
+    if runtime._worker.rank != 1:
+        return []
+    return [patch.object(loader, "_replay", late.append), patch.object(loader, "finish", finishing)]
 
 
 def damage_weights_at_wake(runtime: Any) -> Sequence[Any]:
@@ -214,6 +261,221 @@ def call_destroyed_weights_complete(runtime: Any) -> Sequence[Any]:
     return [patch.object(runtime, "sleep", lying)]
 
 
+def try_a_forward_pass_while_asleep(runtime: Any) -> Sequence[Any]:
+    """Going to sleep ends with a step of the scheduler, as of one that nobody has stopped."""
+    sleep = runtime.sleep
+
+    def restless(level: int) -> Any:
+        sleep(level)
+        threading.Timer(0.1, step).start()
+        return runtime.state()
+
+    def step() -> None:
+        with suppress(Exception):
+            runtime._worker.execute_model(None)
+
+    return [patch.object(runtime, "sleep", restless)]
+
+
+def keep_one_expert(runtime: Any) -> Sequence[Any]:
+    """One of the experts of every layer stays as it was."""
+    loader = runtime._loader
+    replay = loader._replay
+    return [patch.object(loader, "_replay", lambda pairs: replay([p for p in pairs if ".experts.2." not in p[0]]))]
+
+
+def swap_gate_and_up_of_experts(runtime: Any) -> Sequence[Any]:
+    """The halves of stacked experts stand in the wrong order, as kernels want them that vLLM swaps them for."""
+    finish = runtime.finish_update
+
+    def swapping() -> Any:
+        report = finish()
+        for name, parameter in runtime._model.named_parameters():
+            if name.endswith("w13_weight"):
+                parameter.data.copy_(parameter.data.roll(parameter.shape[1] // 2, dims=1))
+        return report
+
+    return [patch.object(runtime, "finish_update", swapping)]
+
+
+class _Moving:
+    """Puts parameters back where they were."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._before = [(parameter, parameter.data) for parameter in runtime._model.parameters()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, data in self._before:
+            parameter.data = data
+
+
+def move_the_parameters(runtime: Any) -> Sequence[Any]:
+    """After an update every parameter lies somewhere else."""
+    finish = runtime.finish_update
+
+    def moving() -> Any:
+        report = finish()
+        for parameter in runtime._model.parameters():
+            parameter.data = parameter.data.clone()
+        return report
+
+    return [_Moving(runtime), patch.object(runtime, "finish_update", moving)]
+
+
+def forget_the_drafter(runtime: Any) -> Sequence[Any]:
+    """An update does not look whether there is a drafter."""
+    begin, runner = runtime.begin_update, runtime._worker.model_runner
+
+    def careless() -> Any:
+        drafter = vars(runner).pop("drafter", None)
+        try:
+            return begin()
+        finally:
+            if drafter is not None:
+                runner.drafter = drafter
+
+    return [patch.object(runtime, "begin_update", careless)]
+
+
+def keep_the_scales(runtime: Any) -> Sequence[Any]:
+    """Quantised weights are taken over, their scales are not."""
+    from roll_vllm.worker import refit
+
+    pairs = refit._pairs
+    return [patch.object(refit, "_pairs", lambda *models: [p for p in pairs(*models) if p[0].numel() > 1])]
+
+
+def keep_a_quantised_weight(runtime: Any) -> Sequence[Any]:
+    """Of the quantised weights one is left as it was."""
+    from roll_vllm.worker import refit
+
+    pairs = refit._pairs
+
+    def without_one(*models: Any) -> Any:
+        found = list(pairs(*models))
+        del found[next(i for i, pair in enumerate(found) if "float8" in str(pair[0].dtype))]
+        return found
+
+    return [patch.object(refit, "_pairs", without_one)]
+
+
+def keep_half_of_a_failed_wake(runtime: Any) -> Sequence[Any]:
+    """A wake that fails leaves the state as if it had not."""
+    from roll_vllm.errors import EngineOutOfMemoryError
+
+    memory = runtime._memory
+    wake, sizes = memory.wake, {}
+
+    def half(tags: Any) -> Any:
+        asleep = dict(memory._sizes)
+        try:
+            return wake(tags)
+        except EngineOutOfMemoryError:
+            sizes.update(asleep)
+            memory._sizes.clear()
+            raise
+
+    return [patch.object(memory, "wake", half), _putting_back(memory._sizes, sizes)]
+
+
+class _putting_back:
+    """Adds entries to a mapping on leaving, as they are then."""
+
+    def __init__(self, mapping: dict[Any, Any], entries: dict[Any, Any]) -> None:
+        self._mapping, self._entries = mapping, entries
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._mapping.update(self._entries)
+
+
+def leak_a_little_at_every_sleep(runtime: Any) -> Sequence[Any]:
+    """Each sleep keeps eight MiB."""
+    sleep, kept = runtime.sleep, []
+
+    def leaking(level: int) -> Any:
+        kept.append(b"\1" * (8 * 2**20))
+        return sleep(level)
+
+    return [patch.object(runtime, "sleep", leaking)]
+
+
+def leave_a_descriptor_open_at_every_wake(runtime: Any) -> Sequence[Any]:
+    """Each wake opens a file, and never closes it."""
+    wake, files = runtime.wake, ExitStack()
+
+    def opening(tags: Any) -> Any:
+        files.enter_context(open(os.devnull))
+        return wake(tags)
+
+    return [patch.object(runtime, "wake", opening), files]
+
+
+def stay_in_lost_groups(runtime: Any) -> Sequence[Any]:
+    """The group of an update that failed is kept."""
+    return [patch.object(runtime, "leave_group", lambda group_name: None)]
+
+
+def compare_nothing(runtime: Any) -> Sequence[Any]:
+    """Collective groups are made without a look at the other ranks."""
+    return [patch("roll_vllm.transfer.collective.CollectiveGroup._compare", lambda *_: False)]
+
+
+def unpickle_payloads(runtime: Any) -> Sequence[Any]:
+    """A payload that is not known is tried as a pickle, as ROLL's and SGLang's are."""
+    import pickle
+
+    receive = runtime.receive_bucket
+
+    def trusting(payloads: Any, is_lora: bool = False) -> Any:
+        with suppress(Exception):
+            pickle.loads(payloads[0])
+        return receive(payloads, is_lora)
+
+    return [patch.object(runtime, "receive_bucket", trusting)]
+
+
+def listen_everywhere(runtime: Any) -> Sequence[Any]:
+    """The worker takes connections from any host."""
+    import socket
+
+    listener = socket.socket()
+    listener.bind(("0.0.0.0", 0))
+    listener.listen()
+    return [listener]
+
+
+def keep_what_was_sent(runtime: Any) -> Sequence[Any]:
+    """What was loaded stays on the device a second time."""
+    load, kept = runtime._load, []
+
+    def keeping(pairs: Any) -> Any:
+        kept.extend(tensor.to(runtime._device, copy=True) for _, tensor in pairs)
+        return load(pairs)
+
+    return [patch.object(runtime, "_load", keeping)]
+
+
+def reset_scales_at_wake(runtime: Any) -> Sequence[Any]:
+    """The scales of the KV cache are 1.0 after each wake."""
+    from roll_vllm.worker.memory import _kv_scales
+
+    wake = runtime._memory.wake
+
+    def resetting(tags: Any) -> Any:
+        woken = wake(tags)
+        for scale in _kv_scales(runtime._worker) if "kv_cache" in woken else ():
+            scale.fill_(1.0)
+        return woken
+
+    return [patch.object(runtime._memory, "wake", resetting)]
+
+
 BREAKAGES: dict[str, Callable[[Any], Sequence[Any]]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -223,11 +485,29 @@ BREAKAGES: dict[str, Callable[[Any], Sequence[Any]]] = {
         round_the_weights,
         ignore_unknown_names,
         lose_updates_while_asleep,
+        skip_updates_on_one_rank,
+        acknowledge_early_on_one_rank,
         damage_weights_at_wake,
         forget_buffers,
         wake_every_tag,
         keep_the_memory,
         choke_on_the_second_sleep,
         call_destroyed_weights_complete,
+        keep_one_expert,
+        swap_gate_and_up_of_experts,
+        move_the_parameters,
+        forget_the_drafter,
+        keep_the_scales,
+        keep_a_quantised_weight,
+        try_a_forward_pass_while_asleep,
+        keep_half_of_a_failed_wake,
+        leak_a_little_at_every_sleep,
+        leave_a_descriptor_open_at_every_wake,
+        stay_in_lost_groups,
+        compare_nothing,
+        unpickle_payloads,
+        listen_everywhere,
+        keep_what_was_sent,
+        reset_scales_at_wake,
     )
-}
+} | {"damage-weights-at-every-wake": damage_weights_at_wake}

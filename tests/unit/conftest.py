@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from plugin_harness import Inner
 
@@ -15,8 +17,8 @@ def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Inner:
     monkeypatch.setenv("XDG_CACHE_HOME", str(pytester.path / "xdg"))
     monkeypatch.setenv("TMPDIR", str(pytester.path))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    for name in ("VERSION", "BACKEND", "MODEL", "REPORT", "CACHE_DIR", "PROVISION", "ENVS_DIR"):
-        monkeypatch.delenv(f"PYTEST_VLLM_{name}", raising=False)
+    for name in [name for name in os.environ if name.startswith(("PYTEST_VLLM_", "PYTEST_RAY_"))]:
+        monkeypatch.delenv(name)
     for name in ("ROLL_VLLM_CPU_REFERENCE", "VLLM_USE_V1"):
         monkeypatch.delenv(name, raising=False)
     return Inner(pytester, monkeypatch)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ import pytest_roll_vllm
 
 PLUGIN = "pytest_roll_vllm.plugin"
 ROOT = Path(pytest_roll_vllm.__file__).parents[1]
+
+# How to start a process that is to be sent Ctrl-C: whoever runs the tests in the background may ignore that signal, and
+# children inherit it.
+INTERRUPTIBLE: dict[str, Any] = {
+    "start_new_session": True,
+    "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+}
 
 
 # Stands for uv: the environments are real, with interpreters of their own, but hold metadata of a vLLM only, and see
@@ -55,6 +64,9 @@ class Inner:
     def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pytester = pytester
         self.monkeypatch = monkeypatch
+        # On a CI server pytest shows differences in full.
+        for name in ("CI", "BUILD_NUMBER"):
+            monkeypatch.delenv(name, raising=False)
 
     def install(self, version: str, distribution: str = "vllm") -> None:
         """Simulate an installed vLLM: there is metadata on sys.path, and no code."""

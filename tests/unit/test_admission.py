@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Coroutine
 from contextlib import nullcontext
@@ -359,5 +360,41 @@ def test_no_wake_up_is_lost() -> None:
 
         await asyncio.gather(controller(), *(request() for _ in range(500)))
         assert entered == 500
+
+    run(test())
+
+
+# --- a pause ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WeightsStatus, ids=lambda status: status.name)
+def test_everybody_waits_while_paused(weights: WeightsStatus) -> None:
+    state = EngineState(weights, paused=True)
+
+    async def test() -> None:
+        gate = AdmissionGate(state)
+        early, aborted = await arrive(gate, "early"), await arrive(gate, "aborted")
+        async with gate.closed():  # an update during the pause
+            gate.state = dataclasses.replace(READY, paused=True)
+        await settle()
+        assert gate.abort(["aborted", "unknown"]) == {"aborted"}
+        assert gate.abort(["aborted"]) == set()
+        await settle()
+        assert (fate(early), fate(aborted)) == ("waits", "aborted")
+        gate.state = READY
+        await settle()
+        assert fate(early) == "entered"
+
+    run(test())
+
+
+def test_the_resume_refuses_where_there_are_no_weights() -> None:
+    async def test() -> None:
+        gate = AdmissionGate(EngineState(WeightsStatus.INCONSISTENT, paused=True))
+        task = await arrive(gate)
+        assert fate(task) == "waits"
+        gate.state = dataclasses.replace(gate.state, paused=False)
+        await settle()
+        assert fate(task) == "refused"
 
     run(test())

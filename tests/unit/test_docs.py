@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # In a process of its own: it imports the suite of this checkout, and here another one may be installed.
 COLLECT = """
 import json, generate_contracts as g
-contracts = {id: entry.tests for entries in g.suite().values() for id, entry in entries.items()}
+contracts = {id: [*entry.tests] for module in g.suite().values() for id, entry in module.entries.items()}
 print(json.dumps({"contracts": contracts, "saboteurs": {s.name: s.fails for s in g.saboteurs().values()}}))
 """
 
@@ -94,8 +94,9 @@ def test_python_in_the_pages_compiles(page: Path) -> None:
 def test_every_option_is_described(inner: Inner) -> None:
     described = (ROOT / "docs/plugin.md").read_text(encoding="utf-8")
     options = set(re.findall(r"--vllm-[a-z-]+", inner.run("--help").stdout.str()))
-    assert {"--vllm-version", "--vllm-report"} <= options
-    for option in options:
+    assert {"--vllm-version", "--vllm-report", "--vllm-contracts"} <= options
+    assert "`--vllm-contracts`" in described
+    for option in options - {"--vllm-contracts"}:  # is no setting
         name = option.removeprefix("--vllm-").replace("-", "_")
         row = f"| `{option}` | `PYTEST_VLLM_{name.upper()}` | `vllm_{name}` |"
         assert row in described

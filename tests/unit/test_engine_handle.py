@@ -103,7 +103,7 @@ class FakeEngine:
             raise self.commit_error
         self.note("commit")
 
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         self.note("shutdown")
         self.shut_down += 1
 
@@ -359,6 +359,13 @@ def test_an_update_that_is_given_up(handle: EngineHandle) -> None:
 # --- start and end ---------------------------------------------------------------------------------------
 
 
+def test_closing_again(handle: EngineHandle) -> None:
+    """A test may close the engine that its fixture closes, too."""
+    for _ in range(2):
+        handle.close()
+    assert log(handle).count("shutdown") == 1
+
+
 def test_start_and_close() -> None:
     handle = EngineHandle.start(create)
     engine: Any = handle.engine
@@ -402,7 +409,7 @@ def test_loop_threads_are_told_apart() -> None:
 class Brittle(FakeEngine):
     """Cannot be shut down."""
 
-    def shutdown(self) -> None:
+    async def shutdown(self) -> None:
         raise LookupError("stuck")
 
     @classmethod

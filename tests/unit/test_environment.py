@@ -138,6 +138,7 @@ def test_all_variables_of_a_plain_worker() -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
         "VLLM_CACHE_ROOT": "/home/user/.cache/vllm/actor-0",
         "FLASHINFER_WORKSPACE_BASE": "/home/user/.cache/vllm/actor-0",
         "VLLM_PORT": "4711",
@@ -443,3 +444,11 @@ def test_threads_leave_nothing_behind() -> None:
     for thread in threads:
         thread.join()
     assert environ == {"shared": "old"}
+
+
+def test_ranks_of_one_host_talk_on_it() -> None:
+    alone = environment.one_host_environment({})
+    assert alone["VLLM_HOST_IP"] == "127.0.0.1"
+    assert alone.get("GLOO_SOCKET_IFNAME", "lo") == "lo"
+    assert environment.one_host_environment({"VLLM_HOST_IP": "", "GLOO_SOCKET_IFNAME": ""}) == alone
+    assert environment.one_host_environment({"VLLM_HOST_IP": "10.0.0.7", "GLOO_SOCKET_IFNAME": "eth0"}) == {}

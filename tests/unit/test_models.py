@@ -12,8 +12,6 @@ import pytest
 
 from pytest_roll_vllm import models
 from pytest_roll_vllm.models.cache import publish
-from pytest_roll_vllm.models.counting import CountingModel
-from pytest_roll_vllm.models.random_weights import RandomModel
 from roll_vllm.errors import ConfigurationError
 
 CONFIG = {"vocab_size": 8, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
@@ -46,7 +44,9 @@ def test_registry_lists_the_kinds_without_torch() -> None:
         check=True,
         cwd=Path(__file__).parents[2],
     )
-    assert done.stdout.split() == ["counting", "counting-tied", "random", "random-tied", "smollm2"]
+    bodies = ("-moe", "-moe-tied", "-mixtral")
+    dense = ["counting", "counting-tied", "random", "random-tied"]
+    assert done.stdout.split() == [*dense, *(k + b for k in ("counting", "random") for b in bodies), "smollm2"]
 
 
 def test_unknown_name_lists_the_kinds_and_offers_a_path(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
         publish(tmp_path / "file", "kind", "abc", lambda path: None)
 
 
-@pytest.mark.parametrize("suffix", ["", "-tied"])
+@pytest.mark.parametrize("suffix", ["", "-tied", "-moe", "-moe-tied", "-mixtral"])
 def test_counting_and_random_share_a_directory(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_roll_vllm.models.synthetic._tokenizer", lambda: "{}")
-    counting = CountingModel("counting" + suffix, tmp_path)
-    assert counting.path == RandomModel("random" + suffix, tmp_path).path
+    counting = models.make("counting" + suffix, tmp_path)
+    assert counting.path == models.make("random" + suffix, tmp_path).path
     assert counting.tied == json.loads((counting.path / "config.json").read_text())["tie_word_embeddings"]

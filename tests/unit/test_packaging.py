@@ -67,7 +67,7 @@ def test_pytest_finds_the_plugin(project: dict[str, Any]) -> None:
 
 
 def test_vllm_and_torch_are_not_required(project: dict[str, Any]) -> None:
-    assert names(project["dependencies"]) == {"packaging", "psutil", "pytest", "xxhash"}
+    assert names(project["dependencies"]) == {"hypothesis", "packaging", "psutil", "pytest", "tomli", "xxhash"}
 
 
 def test_classifiers(project: dict[str, Any]) -> None:

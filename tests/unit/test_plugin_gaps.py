@@ -54,8 +54,8 @@ def declare(inner: Inner, *gaps: Gap) -> None:
             "",
             "pass",
             "failed",
-            "passed although 0.12.0 (V1, cpu) declares a gap for a-gap: "
-            f"{WHY}. Take the gap out of roll_vllm/versions.py, or narrow it.",
+            "passed although roll_vllm/versions.py expects a-gap to fail on 0.12.0 (V1, cpu): "
+            f"{WHY}. Take the entry out, or narrow it.",
         ),
         ("broken", "assert False", "could not run", "error in setup: RuntimeError: cannot start"),
         ("leaves_trouble", "assert False", "could not run", "error in teardown: RuntimeError: cannot stop"),

@@ -57,6 +57,7 @@ def test_all_markers_are_registered(installed: Inner) -> None:
         ('vllm_version(">=0.13")', "needs vLLM >=0.13, found 0.12.0.post2"),
         ('vllm_backend("cuda", count=2)', "needs 2 cuda, found 1 cpu (*)"),
         ('vllm_backend("cpu", count=2)', "needs 2 cpu, found 1 cpu (*)"),
+        ('vllm_backend("cuda", reference=False)', "needs 1 cuda, found 1 cpu (*)"),
         (
             'vllm_backend("cpu")\n@pytest.mark.vllm_backend("cpu", count=2)',
             "needs 2 cpu, found 1 cpu (*)",
@@ -73,6 +74,16 @@ def test_not_applicable(installed: Inner, marker: str, reason: str) -> None:
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines([f"*not applicable: {reason}*"])
     assert result.ret == 0
+
+
+@pytest.mark.parametrize(("backend", "passed"), [("cpu", 1), ("cpu-reference", 0)])
+def test_not_on_the_reference_platform(inner: Inner, backend: str, passed: int) -> None:
+    inner.install("0.10.2")
+    source = "import pytest\n@pytest.mark.vllm_backend('cpu', reference=False)\ndef test(): pass"
+    result = inner.run("-rs", f"--vllm-backend={backend}", source=source)
+    result.assert_outcomes(passed=passed, skipped=1 - passed)
+    if not passed:
+        result.stdout.fnmatch_lines(["*not applicable: needs more than the reference platform, found 1 cpu (*)*"])
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,21 @@ def test_an_empty_variable_is_not_set(installed: Inner) -> None:
     result.stdout.fnmatch_lines(["*version= (default)"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ini", "expected"),
+    [((), "", "1 500"), ((), "vllm_walk_steps = 700", "1 700"), (("--vllm-walk-steps=5000",), "", "20 5000")],
+)
+def test_long_runs(installed: Inner, arguments: tuple[str, ...], ini: str, expected: str) -> None:
+    installed.pytester.makeini(f"[pytest]\n{ini}\n")
+    if arguments:
+        installed.monkeypatch.setenv("PYTEST_VLLM_ROUNDS", "20")
+    source = """
+        def test_print(vllm_settings):
+            print("long:", vllm_settings.rounds_of_starts, vllm_settings.calls_of_walk)
+    """
+    installed.run("-s", *arguments, source=source).stdout.fnmatch_lines([f"*long: {expected}"])
+
+
 def test_fixtures(installed: Inner) -> None:
     result = installed.run(
         "--vllm-backend=cpu",
@@ -123,6 +138,9 @@ def test_suffixes_of_the_version_do_not_matter(installed: Inner, wanted: str) ->
             ["--vllm-report=file/x"],
             "*cannot write *: * choose another with --vllm-report or PYTEST_VLLM_REPORT.",
         ),
+        (["--vllm-together=1"], "*--vllm-together is 1 (from --vllm-together); give a number from 2 on"),
+        (["--vllm-rounds=0"], "*--vllm-rounds is 0 (from --vllm-rounds); give a number from 1 on"),
+        (["--vllm-walk-steps=far"], "*--vllm-walk-steps is far (from --vllm-walk-steps); give a number from 1 on"),
     ],
 )
 def test_usage_errors(installed: Inner, arguments: list[str], message: str) -> None:
@@ -173,12 +191,12 @@ def test_unknown_attribute_of_the_package() -> None:
 
 def test_loading_the_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
     """Modules of these names that raise are put in the way, so that the test works where they are missing."""
-    for name in ("torch", "vllm", "numpy", "transformers"):
+    for name in ("torch", "vllm", "ray", "numpy", "transformers"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
     (tmp_path / "test_it.py").write_text(
         "import sys\n"
         "def test_it(vllm_settings, vllm_device, vllm_cache_dir):\n"
-        "    assert not {'torch', 'vllm', 'numpy', 'transformers', 'asyncio'} & set(sys.modules)\n"
+        "    assert not {'torch', 'vllm', 'ray', 'numpy', 'transformers', 'asyncio'} & set(sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", PLUGIN, f"--vllm-cache-dir={tmp_path}", "test_it.py"],

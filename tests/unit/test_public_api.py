@@ -47,7 +47,16 @@ OUR_CALLS = {
 }
 
 #: vLLM's own calls that the engine overrides; their arguments must stay vLLM's.
-VLLM_CALLS = {"sleep": ["level"], "wake_up": ["tags"], "is_sleeping": [], "abort": ["request_id"]}
+VLLM_CALLS = {
+    "sleep": ["level"],
+    "wake_up": ["tags"],
+    "is_sleeping": [],
+    "abort": ["request_id"],
+    "pause_generation": ["mode", "wait_for_inflight_requests", "clear_cache"],
+    "resume_generation": [],
+    "is_paused": [],
+    "list_loras": [],
+}
 
 
 def in_a_new_process(program: str) -> str:

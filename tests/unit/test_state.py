@@ -23,6 +23,7 @@ def test_ready_means_consistent_and_awake(weights: WeightsStatus, sleeping: tupl
     assert state.is_sleeping is bool(sleeping)
     assert state.consistent is (weights is WeightsStatus.COMPLETE)
     assert state.ready is (state.consistent and not state.is_sleeping)
+    assert not dataclasses.replace(state, paused=True).ready
 
 
 @pytest.mark.parametrize("status", WeightsStatus, ids=lambda status: status.name)
