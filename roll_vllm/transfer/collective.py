@@ -230,7 +230,13 @@ class CollectiveGroup:
 
         group, self._group, self._notes = self._group, None, None
         if group is not None:
+            # Torch joins a backend's threads when the last reference to it goes. One of them may still be about to
+            # let go of a tensor, for which it needs the lock of the interpreter: so ours must be the last reference,
+            # as up to torch 2.6 only that of the backend itself, not of its group, goes without holding the lock.
+            backends = [group._get_backend(device) for device in group._device_types]
             destroy_process_group(group)
+            del group
+            backends.clear()
 
 
 def _listening_store(address: str, port: int, world_size: int, limit: timedelta) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -140,6 +143,40 @@ def test_the_default_group_is_left_alone(join: Join, name: str, other_process: P
     assert len(dist.distributed_c10d._world.pg_map) == before
     other_process.submit(leave_there, name).result(60)
     assert other_process.submit(tidy_there).result(60) == (False, 0)
+
+
+def send_and_leave(ports: list[int], name: str, sends: bool) -> None:
+    """One end of groups of two that end as soon as their tensors are over, in a process that switches threads often."""
+    sys.setswitchinterval(1e-5)
+    torch.set_num_threads(1)
+    for number, port in enumerate(ports):
+        if sends:
+            sender = CollectiveSender("127.0.0.1", port, 2, f"{name}-{number}")
+            for _ in range(2):
+                sender.send({str(place): torch.full((3,), place) for place in range(8)})
+            sender.close()
+        else:
+            group = CollectiveGroup("127.0.0.1", port, 1, 2, f"{name}-{number}", "gloo")
+            for _ in range(2):
+                group.broadcast([torch.empty(3, dtype=torch.int64) for _ in range(8)])
+            group.close()
+
+
+def test_leaving_waits_for_nobody(name: str) -> None:
+    """Threads of torch 2.6 want the interpreter's lock when a group goes, and waited for it for ever."""
+    with ExitStack() as stack:  # held together, so that they are different ones
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(100)]
+        ports = [probe.getsockname()[1] for probe in probes]
+    spawn = multiprocessing.get_context("spawn")
+    ends = [spawn.Process(target=send_and_leave, args=(ports, name, sends), daemon=True) for sends in (True, False)]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join(120)
+    stuck = [end for end in ends if end.exitcode is None]
+    for end in stuck:
+        end.kill()
+    assert [end.exitcode for end in ends] == [0, 0]
 
 
 # --- together --------------------------------------------------------------------------------------------
