@@ -10,17 +10,42 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
+import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, UnsupportedFeatureError
+from roll_vllm.errors import (
+    OUT_OF_MEMORY_REMEDY,
+    ConfigurationError,
+    EngineOutOfMemoryError,
+    UnsupportedFeatureError,
+)
 from roll_vllm.state import TAGS
 from roll_vllm.worker.checksums import named_tensors
+from roll_vllm.worker.host_copies import CudaPinning, HostCopies
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+
+SLEEP_COPY = "ROLL_VLLM_SLEEP_COPY"
+"""Which host memory level 1 copies the weights to: :data:`SLEEP_COPIES` has the choices."""
+
+SLEEP_COPIES = ("on-demand", "prepared", "vllm")
+"""Taken by the first sleep, ahead of it in the background, or by vLLM as it does it."""
+
+#: Threads that fault in and lock pages at once, at most.
+_MOST_THREADS = 16
+
+_POOL_MODULE = "vllm.device_allocator.cumem"
+
+#: The tag of an allocation that vLLM's pool shall not copy, because it is copied already.
+_COPIED = "roll_vllm_copied"
 
 #: Bytes that read as NaN in every floating-point dtype: what was not restored shows at once.
 POISON = 0xFF
@@ -130,12 +155,24 @@ class PoolMemory:
     holds lies in the weights' memory too: buffers, and tensors kept as plain attributes, such as the scales of an
     attention layer. At level 2 vLLM saves none of them (0.8.4) or the buffers alone; here all of them are.
 
+    On CUDA, that copy is made here, because vLLM takes 40 times as long for the first one as for the next: see
+    :mod:`roll_vllm.worker.host_copies`. Where that is not possible, vLLM makes it.
+
     Args:
-        worker: vLLM's worker, with its model loaded.
+        worker: vLLM's worker, with its model loaded and its CUDA graphs captured, which locking pages would disturb.
+        copies: where level 1 keeps the weights; by default what :data:`SLEEP_COPY` says.
+
+    Raises:
+        ConfigurationError: The variable has no value that it can have.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, copies: HostCopies | None = None) -> None:
         self._worker = worker
+        choice = _choice()
+        self._copies = copies or (None if choice == "vllm" else _host_copies(worker))
+        if choice == "prepared" and self._copies is not None:
+            with self._vllm_instead([]):
+                self._copies.prepare([size for _, _, size in _weights()])
         self._sleeping: frozenset[str] = frozenset()
         self._level = 0
         #: What level 2 would lose: tensors of the model and, while they sleep, their content on the host.
@@ -155,12 +192,52 @@ class PoolMemory:
             model = self._worker.model_runner.get_model()
             self._saved = [(tensor, tensor.to("cpu", copy=True)) for tensor in _beside_parameters(model)]
         try:
-            self._worker.sleep(level)
+            with _passed_over(self._copy_weights() if level == 1 else []):
+                self._worker.sleep(level)
         except AssertionError as error:
             # All is given back by then: vLLM only compares what is free on the device, and others take some of it.
             if "Memory usage increased" not in str(error):
                 raise
         self._sleeping, self._level = frozenset(TAGS), level
+
+    def _copy_weights(self) -> list[Any]:
+        """Copy the weights to the host; returns the allocations of vLLM's pool that hold them, none if vLLM shall."""
+        if self._copies is None:
+            return []
+        import torch
+
+        started = time.monotonic()
+        copy = sys.modules[_POOL_MODULE].libcudart.cudaMemcpy
+        weights = _weights()
+        copied: list[Any] = []
+        torch.get_device_module(self._worker.device.type).synchronize(self._worker.device)
+        with self._vllm_instead(copied):
+            for number, host in self._copies.blocks([size for _, _, size in weights]):
+                address, allocation, size = weights[number]
+                copy(host.data_ptr(), address, size)
+                allocation.cpu_backup_tensor = host
+                copied.append(allocation)
+            logger.info(
+                "copied %d bytes of weights to the host in %.2f s", self._copies.nbytes, time.monotonic() - started
+            )
+        return copied
+
+    @contextlib.contextmanager
+    def _vllm_instead(self, copied: list[Any]) -> Iterator[None]:
+        """Give up copies of our own where the host refuses memory for them; none may be left half made."""
+        try:
+            yield
+        except BaseException as error:
+            # The pool would take what it finds there for the content of an allocation at any later wake.
+            for allocation in copied:
+                allocation.cpu_backup_tensor = None
+            copied.clear()
+            if not isinstance(error, OSError):
+                raise
+            logger.warning("vLLM itself will copy the weights to the host at sleep level 1: %s", error)
+            if self._copies is not None:
+                self._copies.close()
+            self._copies = None
 
     def wake(self, tags: Iterable[str]) -> frozenset[str]:
         """Wake the tags, weights first: up to vLLM 0.24 any wake writes saved buffers into the weights' memory."""
@@ -208,10 +285,15 @@ class PoolMemory:
             )
 
 
+def _pool() -> Any:
+    """This process's pool, if it is vLLM's own (NPUs have another)."""
+    module = sys.modules.get(_POOL_MODULE)
+    return module.CuMemAllocator.instance if module else None
+
+
 def _pool_bytes() -> dict[str, int]:
-    """Bytes in this process's pool by tag, asleep or not; empty without vLLM's own pool (NPUs have another)."""
-    module = sys.modules.get("vllm.device_allocator.cumem")
-    pool = module.CuMemAllocator.instance if module else None
+    """Bytes in this process's pool by tag, asleep or not; empty without vLLM's own pool."""
+    pool = _pool()
     if pool is None:
         return {}
     sizes = dict.fromkeys(TAGS, 0)
@@ -219,6 +301,43 @@ def _pool_bytes() -> dict[str, int]:
         if allocation.tag in sizes:
             sizes[allocation.tag] += int(allocation.handle[1])
     return sizes
+
+
+def _weights() -> list[tuple[int, Any, int]]:
+    """Address, entry and bytes of each allocation of the weights in this process's pool."""
+    entries = _pool().pointer_to_data.items()
+    return [(address, entry, int(entry.handle[1])) for address, entry in entries if entry.tag == "weights"]
+
+
+@contextlib.contextmanager
+def _passed_over(allocations: list[Any]) -> Iterator[None]:
+    """Have vLLM's pool give the memory of allocations back without a copy; a wake finds the one that is there."""
+    for allocation in allocations:
+        allocation.tag = _COPIED
+    try:
+        yield
+    finally:
+        for allocation in allocations:
+            allocation.tag = "weights"
+
+
+def _choice() -> str:
+    choice = os.environ.get(SLEEP_COPY, "").strip() or SLEEP_COPIES[0]
+    if choice not in SLEEP_COPIES:
+        raise ConfigurationError(f"{SLEEP_COPY}={choice!r}: set it to one of {', '.join(SLEEP_COPIES)}, or unset it")
+    return choice
+
+
+def _host_copies(worker: Any) -> HostCopies | None:
+    """Host memory for the weights of a worker; None where only vLLM's own way is known to work."""
+    import torch
+
+    # Not on ROCm, which has the same calls, but where nobody has tried them.
+    if torch.version.cuda is None or _pool() is None or not sys.modules[_POOL_MODULE].is_pin_memory_available():
+        return None
+    neighbours = int(getattr(worker.parallel_config, "world_size", 1))
+    threads = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // neighbours))
+    return HostCopies(CudaPinning(worker.device.index or 0), threads)
 
 
 def _beside_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
