@@ -30,6 +30,7 @@ from roll_vllm.errors import ConfigurationError, EngineDiedError, RollVllmError,
 from roll_vllm.patches import process
 from roll_vllm.state import TAGS, EngineState, WeightsStatus, WorkerState
 from roll_vllm.transfer import collective
+from roll_vllm.transfer.bucket import BucketSender
 from roll_vllm.transfer.manifest import specs_from
 from roll_vllm.transfer.session import Sender, WeightUpdate, sender_for
 from roll_vllm.watch import Watch
@@ -97,6 +98,7 @@ class RolloutEngine(ABC):
     _gate: AdmissionGate
     _control: asyncio.Lock
     _senders: dict[str, Sender]
+    _devices: list[str] | None
     _session_open: bool
     _implicit_open: bool
     _versions: dict[str, int]
@@ -130,6 +132,7 @@ class RolloutEngine(ABC):
         engine._gate = AdmissionGate(EngineState(initial), options.allow_dummy_weights)
         engine._control = asyncio.Lock()
         engine._senders, engine._versions, engine._calls = {}, {}, set()
+        engine._devices = None
         # The workers of V0 engines in one process keep their adapters in one place.
         engine._lora, engine._loras = 0, _ADAPTERS * next(_engine_numbers)
         engine._session_open = engine._implicit_open = False
@@ -570,6 +573,12 @@ class RolloutEngine(ABC):
         """The values of environment variables inside each worker, in rank order; None where unset."""
         return await self._workers("environment", list(names))
 
+    async def device_identities(self) -> list[str]:
+        """What names the device of each worker in every process of its host, in rank order; empty for a CPU."""
+        if self._devices is None:
+            self._devices = await self._workers("device_identity")
+        return self._devices
+
     async def ping(self, delays: Sequence[float] = (), timeout: float | None = None) -> list[int]:
         """Every worker's rank, in rank order: do all of them answer?
 
@@ -688,8 +697,8 @@ class RolloutEngine(ABC):
         the KV cache goes on sleeping.
 
         Args:
-            transport: ``"bucket"`` (shared memory, trainer on this host) or ``"collective"`` (a process group
-                that is set up on first use).
+            transport: ``"bucket"`` (shared memory, trainer on this host; for tensors on the workers' GPUs, memory of
+                these) or ``"collective"`` (a process group that is set up on first use).
             sender: a ``BucketSender`` or ``CollectiveSender`` of the caller's own instead of the engine's.
             running: what happens to running requests: ``"abort"`` returns their partial outputs, ``"wait"``
                 lets them finish first.
@@ -721,6 +730,8 @@ class RolloutEngine(ABC):
                 raise
             finally:
                 self._session_open = False
+                if isinstance(sender, BucketSender):
+                    sender.trim()
             update.counts = {key: reports[0][key] for key in ("replayed", "loaded")}
             self._commit_update(reports)
 

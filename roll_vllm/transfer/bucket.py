@@ -1,16 +1,20 @@
-"""The bucket transport, sender's side: tensors to shared memory, metadata to the engine.
+"""The bucket transport, sender's side: tensors to memory that the engine can map, metadata to the engine.
+
+The memory is the host's, or for tensors on a GPU that the engine runs on too the GPU's own.
 
 Tensors that already live in the sender's shared memory (:meth:`BucketSender.share`) are sent where they lie:
-the engine's copy into its parameters is then the only one. Others are first packed into a bucket that is
-kept and used again, since fresh pages cost more than the copy.
+the engine's copy into its parameters is then the only one. Others are first packed into a bucket; in host memory it
+is kept and used again, since fresh pages cost more than the copy, on a device only until :meth:`BucketSender.trim`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from roll_vllm.errors import ConfigurationError, WeightUpdateError
+from roll_vllm.errors import ConfigurationError, EngineOutOfMemoryError, WeightUpdateError
+from roll_vllm.transfer import device_memory
+from roll_vllm.transfer.device_memory import DeviceSegment
 from roll_vllm.transfer.manifest import BucketManifest, Placement, TensorSpec, align, dtype_name
 from roll_vllm.transfer.shared_memory import Segment
 
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 NamedTensors = Mapping[str, "torch.Tensor"] | Iterable[tuple[str, "torch.Tensor"]]
+AnySegment = Segment | DeviceSegment
+
+#: Where a bucket is packed: on each of these devices, one entry for each payload; in host memory if there is none.
+_Homes = tuple["torch.device", ...]
 
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 
@@ -33,57 +41,72 @@ class BucketSender:
     One sender serves one trainer process and can feed any number of engines, one after the other.
 
     Args:
-        bucket_bytes: size of the bucket for tensors that are not shared; also the most host memory that
-            sending them takes. A larger tensor gets a bucket of its own.
+        bucket_bytes: size of the bucket for tensors that are not shared; also the most memory that sending them
+            takes, on the host or on each device. A larger tensor gets a bucket of its own.
+        via_host: whether tensors of a GPU go through host memory, too.
 
     Raises:
         ConfigurationError: ``bucket_bytes`` is not positive.
     """
 
-    def __init__(self, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+    def __init__(self, bucket_bytes: int = DEFAULT_BUCKET_BYTES, *, via_host: bool = False) -> None:
         if bucket_bytes <= 0:
             raise ConfigurationError(f"bucket_bytes must be a positive number of bytes, got {bucket_bytes}")
         self._bucket_bytes = bucket_bytes
-        self._bucket: Segment | None = None
-        self._shared: list[Segment] = []
+        self._via_host = via_host
+        self._buckets: dict[torch.device | None, AnySegment] = {}  # None: in host memory
+        self._shared: list[AnySegment] = []
 
     def share(self, named_tensors: NamedTensors) -> None:
-        """Move CPU tensors into shared memory, in place, so that later sends copy nothing on this side.
+        """Move tensors into shared memory, in place, so that later sends copy nothing on this side.
 
-        The tensor objects stay the same and may go on being trained in place. Tensors that share a storage
-        still do afterwards; other views of that storage that are not listed keep the old memory.
+        Those of a CPU go to shared memory of the host, those of a GPU to memory of that GPU which engines on it can
+        map; there the move needs room for a second copy of the largest tensor at least. The tensor objects stay the
+        same and may go on being trained in place. Tensors that share a storage still do afterwards; other views of
+        that storage that are not listed keep the old memory.
+
+        Raises:
+            ConfigurationError: memory of a tensor's device cannot be shared, or ``via_host`` forbids it.
+            EngineOutOfMemoryError: a GPU has no room for the move; what was moved until then stays shared.
         """
-        import torch
-
         homes = {segment.memory.data_ptr() for segment in self._shared}
         # By object: a tied parameter may be listed under both of its names.
         listed = {id(tensor): tensor for _, tensor in items_of(named_tensors)}.values()
         tensors = [tensor for tensor in listed if tensor.untyped_storage().data_ptr() not in homes]
-        offsets: dict[int, int] = {}
-        size = 0
         for tensor in tensors:
-            if tensor.device.type != "cpu":
-                raise ConfigurationError(f"only CPU tensors can be shared, got one on {tensor.device}")
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in offsets:
-                offsets[storage.data_ptr()] = size
-                size = align(size + storage.nbytes())
-        if not size:
-            return
-        segment = Segment(size)
-        with torch.no_grad():
-            for tensor in tensors:
-                storage = tensor.untyped_storage()
-                start = offsets[storage.data_ptr()]
-                home = segment.memory[start : start + storage.nbytes()]
-                home.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-                tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
-                    segment.memory.untyped_storage(),
-                    start // tensor.element_size() + tensor.storage_offset(),
-                    tensor.shape,
-                    tensor.stride(),
-                )
-        self._shared.append(segment)
+            on_device = not self._via_host and device_memory.shareable(tensor.device)
+            if tensor.device.type != "cpu" and not on_device:
+                why = "" if tensor.device.type != "cuda" else "; via_host or this build of torch forbids it for GPUs"
+                raise ConfigurationError(f"only CPU tensors can be shared, got one on {tensor.device}{why}")
+        for device in {tensor.device for tensor in tensors}:
+            self._move([tensor for tensor in tensors if tensor.device == device], device)
+
+    def _move(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        storages: dict[int, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            if tensor.untyped_storage().nbytes():
+                storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        pending = list(storages.values())
+        most = len(pending)
+        # In one segment where there is room, for that is the fastest to send; else in several, each after the other.
+        while pending:
+            chunk = pending[:most]
+            offsets, size = [], 0
+            for views in chunk:
+                offsets.append(size)
+                size = align(size + views[0].untyped_storage().nbytes())
+            try:
+                segment = _segment(size, None if device.type == "cpu" else device)
+            except EngineOutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                most = max(1, len(chunk) // 2)
+                continue
+            for views, start in zip(chunk, offsets, strict=True):
+                _rehome(views, segment.memory, start)
+            del views  # or the last storage would be held through the next move
+            self._shared.append(segment)
+            pending = pending[most:]
 
     def payloads(self, named_tensors: NamedTensors) -> Iterator[bytes]:
         """Lay the tensors out and yield one payload a bucket, for ``update_parameter_in_bucket``.
@@ -91,33 +114,70 @@ class BucketSender:
         A bucket is overwritten when the next payload is asked for: let the engine confirm first.
 
         Args:
-            named_tensors: checkpoint names and tensors of any device and layout.
+            named_tensors: checkpoint names and tensors of any device and layout. Those of a GPU are for workers on
+                the same GPU, unless the sender goes ``via_host``.
         """
-        in_place: dict[Segment, list[Placement]] = {}
-        pending: list[tuple[TensorSpec, torch.Tensor]] = []
-        filled = 0
+        for payload, *_ in self._lay_out(named_tensors, None):
+            yield payload
+
+    def payloads_for(self, named_tensors: NamedTensors, workers: Sequence[str]) -> Iterator[list[bytes]]:
+        """As :meth:`payloads`, one payload for each worker a bucket, by way of memory that all of them can map.
+
+        Args:
+            named_tensors: checkpoint names and tensors of any device and layout.
+            workers: what :func:`roll_vllm.transfer.device_memory.identity` gives for the device of each worker.
+        """
+        for payloads in self._lay_out(named_tensors, workers):
+            yield payloads if len(payloads) == len(workers) else payloads * len(workers)
+
+    def _lay_out(self, named_tensors: NamedTensors, workers: Sequence[str] | None) -> Iterator[list[bytes]]:
+        in_place: dict[AnySegment, list[Placement]] = {}
+        pending: dict[_Homes, list[tuple[TensorSpec, torch.Tensor]]] = {}
+        filled: dict[_Homes, int] = {}
+        known: dict[torch.device, _Homes] = {}
         for name, tensor in items_of(named_tensors):
             spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+            if tensor.device not in known:
+                known[tensor.device] = self._homes(tensor.device, workers)
+            homes = known[tensor.device]
             place = self._locate(tensor)
-            if place is not None:
+            if place is not None and set(homes) <= {tensor.device} and (homes or tensor.device.type == "cpu"):
                 in_place.setdefault(place[0], []).append(Placement(spec, place[1]))
                 continue
-            if pending and filled + spec.nbytes > self._bucket_bytes:
-                yield self._pack(pending)
-                pending, filled = [], 0
-            pending.append((spec, tensor))
-            filled = align(filled + spec.nbytes)
-        if pending:
-            yield self._pack(pending)
+            if homes in pending and filled[homes] + spec.nbytes > self._bucket_bytes:
+                yield self._pack(pending.pop(homes), homes)
+            if homes not in pending:
+                pending[homes], filled[homes] = [], 0
+            pending[homes].append((spec, tensor))
+            filled[homes] = align(filled[homes] + spec.nbytes)
+        for homes, specs in pending.items():
+            yield self._pack(specs, homes)
         for segment, placements in in_place.items():
-            yield _payload(segment, placements)
+            _synchronize(segment.memory)  # whoever trains them may still be at it
+            yield [_payload(segment, placements, kept=True)]
+
+    def _homes(self, source: torch.device, workers: Sequence[str] | None) -> _Homes:
+        """The devices that tensors of a device are packed on, one for each payload; none for host memory."""
+        import torch
+
+        if self._via_host or not device_memory.shareable(source):
+            return ()
+        if workers is None:
+            return (source,)
+        devices = [torch.device(source.type, index) for index in range(torch.cuda.device_count())]
+        ours = {device_memory.identity(device): device for device in devices}
+        return tuple(ours[worker] for worker in workers) if all(worker in ours for worker in workers) else ()
+
+    def trim(self) -> None:
+        """Give back what is kept for the next tensors on a device: memory that others of its users want meanwhile."""
+        for device in [device for device in self._buckets if device is not None]:
+            self._buckets.pop(device).close()
 
     def close(self) -> None:
         """Give the shared memory back. Tensors moved by :meth:`share` stay usable in this process."""
-        for segment in (self._bucket, *self._shared):
-            if segment is not None:
-                segment.close()
-        self._bucket, self._shared = None, []
+        for segment in (*self._buckets.values(), *self._shared):
+            segment.close()
+        self._buckets, self._shared = {}, []
 
     def __enter__(self) -> BucketSender:
         return self
@@ -125,40 +185,83 @@ class BucketSender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _locate(self, tensor: torch.Tensor) -> tuple[Segment, int] | None:
+    def _locate(self, tensor: torch.Tensor) -> tuple[AnySegment, int] | None:
         """The shared segment that holds ``tensor`` and the tensor's first byte in it, if it lies in one."""
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not tensor.is_contiguous():
             return None
         for segment in self._shared:
             offset = tensor.data_ptr() - segment.memory.data_ptr()
-            if 0 <= offset and offset + tensor.nbytes <= segment.memory.nbytes:
+            inside = 0 <= offset and offset + tensor.nbytes <= segment.memory.nbytes
+            if inside and segment.memory.device == tensor.device:
                 return segment, offset
         return None
 
-    def _pack(self, pending: list[tuple[TensorSpec, torch.Tensor]]) -> bytes:
-        import torch
-
+    def _pack(self, pending: list[tuple[TensorSpec, torch.Tensor]], homes: _Homes) -> list[bytes]:
         placements: list[Placement] = []
         end = 0
         for spec, _ in pending:
             placements.append(Placement(spec, end))
             end = align(end + spec.nbytes)
-        if self._bucket is None or self._bucket.memory.nbytes < end:
-            if self._bucket is not None:
-                self._bucket.close()
-            self._bucket = Segment(end)
-        memory = self._bucket.memory
-        homes = [
-            memory[p.offset : p.end].view(tensor.dtype).view(tensor.shape)
+        packed = {home: self._pack_at(home, end, placements, pending) for home in set(homes or (None,))}
+        return [packed[home] for home in homes or (None,)]
+
+    def _pack_at(
+        self,
+        home: torch.device | None,
+        size: int,
+        placements: list[Placement],
+        pending: list[tuple[TensorSpec, torch.Tensor]],
+    ) -> bytes:
+        import torch
+
+        bucket = self._buckets.get(home)
+        if bucket is None or bucket.memory.nbytes < size:
+            if bucket is not None:
+                self._buckets.pop(home).close()
+                del bucket  # or a device would have to hold both
+            bucket = self._buckets[home] = _segment(size, home)
+        targets = [
+            bucket.memory[p.offset : p.end].view(tensor.dtype).view(tensor.shape)
             for p, (_, tensor) in zip(placements, pending, strict=True)
         ]
         with torch.no_grad():
-            torch._foreach_copy_(homes, [tensor.detach() for _, tensor in pending])
-        return _payload(self._bucket, placements)
+            torch._foreach_copy_(targets, [tensor.detach() for _, tensor in pending])
+        _synchronize(bucket.memory)
+        return _payload(bucket, placements)
 
 
-def _payload(segment: Segment, placements: list[Placement]) -> bytes:
-    return BucketManifest(str(segment.path), segment.memory.nbytes, tuple(placements)).encode()
+def _segment(size: int, home: torch.device | None) -> AnySegment:
+    return Segment(size) if home is None else DeviceSegment(size, home)
+
+
+def _synchronize(memory: torch.Tensor) -> None:
+    """Wait for what was begun on the memory's device: the engine would not."""
+    import torch
+
+    if memory.device.type != "cpu":
+        torch.get_device_module(memory.device.type).synchronize(memory.device)
+
+
+def _rehome(views: Sequence[torch.Tensor], memory: torch.Tensor, start: int) -> None:
+    """Move the storage that some tensors share to byte ``start`` of ``memory``."""
+    import torch
+
+    storage = views[0].untyped_storage()
+    with torch.no_grad():
+        as_bytes = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage)
+        memory[start : start + storage.nbytes()].copy_(as_bytes)
+        for tensor in views:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=memory.device).set_(
+                memory.untyped_storage(),
+                start // tensor.element_size() + tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+            )
+
+
+def _payload(segment: AnySegment, placements: list[Placement], *, kept: bool = False) -> bytes:
+    memory = "device" if isinstance(segment, DeviceSegment) else "host"
+    return BucketManifest(str(segment.path), segment.memory.nbytes, tuple(placements), memory, kept).encode()
 
 
 _default_sender: BucketSender | None = None
@@ -170,7 +273,8 @@ def serialize_named_weights(
     """Pack tensors into one bucket; ROLL's trainer-side call, without its pickle.
 
     Args:
-        named_weights: checkpoint names and tensors; all go into one bucket.
+        named_weights: checkpoint names and tensors; all go into one bucket. If all are on one GPU, so is the bucket,
+            for workers on the same GPU.
         infer_strategy: must be ``"vllm"``.
         sender: the sender to pack with; by default one that this process keeps. Its bucket is overwritten
             by the next call, so let the engine confirm first.
@@ -189,4 +293,6 @@ def serialize_named_weights(
     specs = [
         (TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)), tensor) for name, tensor in named_weights
     ]
-    return sender._pack(specs)
+    homes = {sender._homes(tensor.device, None) for _, tensor in named_weights}
+    (payload,) = sender._pack(specs, homes.pop() if len(homes) == 1 else ())
+    return payload

@@ -25,6 +25,9 @@ _LONGEST_NAME = 1000  # characters
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _MOST_DIGITS = 20  # of a number in a payload: more than 64 bits have, and few enough to be multiplied and printed
 
+#: Where a segment may lie.
+MEMORIES = ("host", "device")
+
 #: Element size in bytes of every dtype that may travel, by its torch name.
 ELEMENT_SIZE: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
@@ -139,22 +142,28 @@ class Placement:
 
 @dataclass(frozen=True)
 class BucketManifest:
-    """The content of one bucket: a shared-memory segment and the tensors laid out in it.
+    """The content of one bucket: a segment of shared memory and the tensors laid out in it.
 
     Attributes:
         segment: path of the file behind the segment.
         size: length of the segment in bytes.
         placements: the tensors; they may lie anywhere inside the segment, aligned to their element size.
+        memory: what the file is: the segment itself in the ``host``'s memory, or the name of one on a ``device``.
+        kept: whether the sender uses the segment again for the next update.
     """
 
     segment: str
     size: int
     placements: tuple[Placement, ...]
+    memory: str = "host"
+    kept: bool = False
 
     def encode(self) -> bytes:
         """The manifest as UTF-8 JSON, to be passed to ``update_parameter_in_bucket``."""
         tensors = [[p.spec.name, p.spec.dtype, list(p.spec.shape), p.offset] for p in self.placements]
-        document = {"format": FORMAT, "segment": self.segment, "size": self.size, "tensors": tensors}
+        document: dict[str, Any] = {"format": FORMAT, "segment": self.segment, "size": self.size, "tensors": tensors}
+        if self.memory != "host":
+            document |= {"memory": self.memory, "kept": self.kept}
         return json.dumps(document, separators=(",", ":")).encode()
 
     @classmethod
@@ -172,9 +181,12 @@ class BucketManifest:
                 Placement(TensorSpec.checked(name, dtype, shape), _whole(offset))
                 for name, dtype, shape, offset in document["tensors"]
             )
-            manifest = cls(document["segment"], _whole(document["size"]), placements)
+            memory, kept = document.get("memory", "host"), document.get("kept", False)
+            manifest = cls(document["segment"], _whole(document["size"]), placements, memory, kept)
             if not isinstance(manifest.segment, str) or manifest.size < 0:
                 raise ValueError(f"segment {shown(manifest.segment)} of {manifest.size} bytes")
+            if memory not in MEMORIES or not isinstance(kept, bool):
+                raise ValueError(f"memory {shown(memory)}, kept {shown(kept)}")
         except WeightUpdateError:
             raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:

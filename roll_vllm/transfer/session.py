@@ -44,6 +44,9 @@ class Receiver(Protocol):
     ) -> Awaitable[None]:
         """Join a group."""
 
+    def device_identities(self) -> Awaitable[list[str]]:
+        """What names the device of each worker on this host."""
+
     def worker_environment(self, names: Sequence[str]) -> Awaitable[list[dict[str, str | None]]]:
         """The values of variables in each worker."""
 
@@ -73,11 +76,10 @@ class WeightUpdate:
         if isinstance(self._sender, CollectiveSender):
             await self._broadcast(self._sender, named_tensors)
             return
-        world_size = self._engine.vllm_config.parallel_config.world_size
-        payloads = self._sender.payloads(named_tensors)
+        buckets = self._sender.payloads_for(named_tensors, await self._engine.device_identities())
         # Packing is one large copy; in a thread it leaves the event loop to the engine's outputs.
-        while (payload := await asyncio.to_thread(next, payloads, None)) is not None:
-            await self._engine.update_parameter_in_bucket([payload] * world_size)
+        while (payloads := await asyncio.to_thread(next, buckets, None)) is not None:
+            await self._engine.update_parameter_in_bucket(payloads)
 
     async def _broadcast(self, sender: CollectiveSender, named_tensors: NamedTensors) -> None:
         pairs = list(items_of(named_tensors))

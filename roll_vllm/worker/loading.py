@@ -3,8 +3,8 @@
 vLLM's own ``load_weights`` decides where a checkpoint tensor goes (fused, sharded, padded). It says neither
 whether every parameter was reached nor whether every tensor went somewhere, and it costs several times the
 copy. So the first update runs through it while a recorder watches every write; from the record comes a
-*route* for each tensor: which part of it goes to which part of which parameter. Each route is checked by
-checksum before it is trusted. Later updates replay the routes as one grouped copy; a tensor without a
+*route* for each tensor: which part of it goes to which part of which parameter. Each route is checked bit by
+bit before it is trusted. Later updates replay the routes as one grouped copy; a tensor without a
 trusted route goes through ``load_weights`` again.
 """
 
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from roll_vllm.errors import WeightUpdateError
 from roll_vllm.transfer.manifest import TensorSpec, dtype_name
-from roll_vllm.worker.checksums import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -58,6 +57,16 @@ class Region:
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.size)
+
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie one after the other, as those of a contiguous tensor do."""
+        stride = 1
+        for size, step in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if size != 1 and step != stride:
+                return False
+            stride *= size
+        return True
 
 
 @dataclass(frozen=True)
@@ -291,7 +300,7 @@ class WeightLoader:
                 if write.source is None:
                     continue
                 target = write.target.view(self._parameters[write.parameter].data)
-                agrees = agrees and checksum(write.source.view(head, head.storage_offset())) == checksum(target)
+                agrees = agrees and _same_bits(write.source.view(head, head.storage_offset()), target)
             if not agrees:
                 raise WeightUpdateError(
                     f"{name} differs from {route.spec.name}, but the model ties them: send the same tensor, or "
@@ -379,8 +388,7 @@ class WeightLoader:
         origin = tensor.storage_offset()
         # Constants alone are the tensor's own value: vLLM loads single elements by fill_(tensor.item()).
         route.trusted = any(write.source is not None for write in writes) and all(
-            write.replayable
-            and (write.source is None or checksum(write.source.view(tensor, origin)) == checksum(target))
+            write.replayable and (write.source is None or _same_bits(write.source.view(tensor, origin), target))
             for target, write in route.targets
         )
         if not route.trusted:
@@ -403,6 +411,9 @@ class WeightLoader:
             if sum(region.numel for region in written) < parameter.numel():
                 yield name
                 continue
+            if _adjoin(written, Region.of(parameter.data)):
+                self._known_covered.add(known)
+                continue
             mask = torch.zeros(storage.nbytes() // parameter.element_size(), dtype=torch.bool)
             for region in written:
                 region.view(mask).fill_(True)
@@ -410,6 +421,23 @@ class WeightLoader:
                 self._known_covered.add(known)
             else:
                 yield name
+
+
+def _adjoin(parts: Iterable[Region], whole: Region) -> bool:
+    """Whether dense parts of a storage leave nothing out of a dense whole. Cheap, where counting elements is not."""
+    parts = sorted((part for part in parts if part.dense), key=lambda part: part.offset)
+    end = whole.offset
+    for part in parts:
+        if part.offset > end:
+            return False
+        end = max(end, part.offset + part.numel)
+    return whole.dense and end >= whole.offset + whole.numel
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same, NaNs included."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.view(whole), other.view(whole))
 
 
 @contextmanager

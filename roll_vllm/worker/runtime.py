@@ -22,19 +22,17 @@ from roll_vllm.errors import (
 from roll_vllm.executor.cluster import where
 from roll_vllm.patches import process
 from roll_vllm.state import TAGS, WeightsStatus
-from roll_vllm.transfer import collective, roll_bucket, shared_memory
-from roll_vllm.transfer.manifest import BucketManifest, specs_from
+from roll_vllm.transfer import collective, device_memory, roll_bucket
+from roll_vllm.transfer.manifest import specs_from
 from roll_vllm.worker import lora
 from roll_vllm.worker.checksums import model_checksums
 from roll_vllm.worker.loading import WeightLoader
+from roll_vllm.worker.mapped import MappedBuckets
 from roll_vllm.worker.memory import PoolMemory, SleepMemory, StorageMemory, out_of_memory_explained
 from roll_vllm.worker.refit import Refit, is_quantised
 
 if TYPE_CHECKING:
     from roll_vllm.transfer.collective import CollectiveGroup
-
-#: How many bucket layouts a worker remembers.
-_MOST_BUCKETS = 64
 
 
 class WorkerRuntime:
@@ -57,8 +55,7 @@ class WorkerRuntime:
             else StorageMemory(self._model, worker.model_runner.kv_caches)
         )
         self._groups: dict[str, CollectiveGroup] = {}
-        self._segments: dict[str, torch.Tensor] = {}
-        self._buckets: dict[bytes, list[tuple[str, torch.Tensor]]] = {}
+        self._mapped = MappedBuckets(self._device, lambda: self._loader.forget())
         self._adapter: dict[str, torch.Tensor] = {}
         self._adapters: set[int] = set()  # of this engine; others may live in the same process
         self._status = initial
@@ -105,6 +102,10 @@ class WorkerRuntime:
         """The values of the variables in this process; None where unset."""
         return {name: os.environ.get(name) for name in names}
 
+    def device_identity(self) -> str:
+        """What names this worker's device in every process of the host; empty for a CPU, or where none is known."""
+        return device_memory.identity(self._device)
+
     def device_memory(self, reset_peak: bool) -> dict[str, int]:
         """Bytes that torch has allocated on this worker's device, ``allocated`` and ``peak``.
 
@@ -122,7 +123,7 @@ class WorkerRuntime:
 
     def sleep(self, level: int) -> dict[str, Any]:
         """Give memory back; see :mod:`roll_vllm.worker.memory`."""
-        self._release_senders_memory()
+        self._mapped.release()
         if level == 2:
             # vLLM's pool holds them with the weights.
             self._adapter.clear()
@@ -167,32 +168,17 @@ class WorkerRuntime:
             raise WeightUpdateError(f"a payload must be bytes, got {type(payload).__name__}; see BucketSender.payloads")
         if roll_bucket.is_pickle(payload):
             state = self._take(roll_bucket.load(payload), is_lora)
-            if self._device.type != "cpu":
-                torch.get_device_module(self._device.type).synchronize()  # the sender is going to free its bucket
+            self._finish_copies()
             return state
-        if payload not in self._buckets:
-            manifest = BucketManifest.decode(payload)
-            # Mappings of segments that their senders deleted would hold memory here.
-            if not all(os.path.exists(path) for path in self._segments):
-                self._release_senders_memory()
-            memory = self._segments.get(manifest.segment)
-            if memory is None or memory.nbytes < manifest.size:
-                memory = shared_memory.attach(manifest.segment, manifest.size)
-                self._segments[manifest.segment] = memory
-            if len(self._buckets) >= _MOST_BUCKETS:
-                self._buckets.clear()
-                self._loader.forget()
-            # Remembered, because senders that share their memory send the same layouts every time.
-            self._buckets[payload] = [
-                (p.spec.name, memory[p.offset : p.end].view(getattr(torch, p.spec.dtype)).view(p.spec.shape))
-                for p in manifest.placements
-            ]
-        return self._take(self._buckets[payload], is_lora)
+        with self._mapped.lock:
+            state = self._take(self._mapped.pairs(payload), is_lora)
+            self._finish_copies()
+        return state
 
-    def _release_senders_memory(self) -> None:
-        self._segments.clear()
-        self._buckets.clear()
-        self._loader.forget()
+    def _finish_copies(self) -> None:
+        """Wait for the copies that were begun: once the engine confirms, the sender uses its memory again."""
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device.type).synchronize()
 
     def receive_broadcast(
         self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, is_lora: bool = False
@@ -228,6 +214,7 @@ class WorkerRuntime:
         """
         if "weights" in self._memory.sleeping:
             raise EngineAsleepError("the weights are asleep; wake them (load_states()) before add_lora()")
+        self._mapped.end_of_update()
         tensors, self._adapter = self._adapter, {}
         lora.register(number, config, tensors)
         self._adapters.add(number)
@@ -269,7 +256,7 @@ class WorkerRuntime:
         except RollVllmError:
             self.abandon_update()
             raise
-        if not any(pairs is kept for kept in self._buckets.values()):
+        if not self._mapped.holds(pairs):
             self._loader.forget()  # copies made here, which would hold as much memory as the weights
         self._status = WeightsStatus.UPDATING
         return self.state()
@@ -288,6 +275,7 @@ class WorkerRuntime:
         except RollVllmError:
             self._status = WeightsStatus.INCONSISTENT if self._loader.dirty else self._status
             raise
+        self._mapped.end_of_update()
         counts = {"replayed": self._loader.replayed, "loaded": self._loader.loaded}
         if self._refit is not None:
             self._own_loader.remember_embeddings(self._loader)
@@ -297,6 +285,7 @@ class WorkerRuntime:
 
     def abandon_update(self) -> bool:
         """Give the set up. Returns whether it had written anything, so that the parameters are a mixture."""
+        self._mapped.end_of_update()
         dirty = self._loader.dirty
         if dirty:
             self._status = WeightsStatus.INCONSISTENT

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,8 +294,10 @@ class FakeReceiver:
     """Stands for an engine of two ranks: reads each bucket as it comes."""
 
     def __init__(self) -> None:
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2))
         self.received: dict[str, Any] = {}
+
+    async def device_identities(self) -> list[str]:
+        return ["", ""]
 
     async def update_parameter_in_bucket(self, serialized_named_tensors: list[bytes]) -> None:
         first, second = serialized_named_tensors

@@ -11,6 +11,7 @@ import torch
 
 from roll_vllm.errors import WeightUpdateError
 from roll_vllm.transfer.shared_memory import Segment
+from roll_vllm.worker.mapped import MappedBuckets
 from roll_vllm.worker.runtime import WorkerRuntime
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -23,9 +24,8 @@ def test_a_worker_receives() -> None:
     segment = Segment(256)
     segment.memory.copy_(torch.arange(256, dtype=torch.uint8))
     taken: list[list[tuple[str, torch.Tensor]]] = []
-    worker: Any = SimpleNamespace(_worker=SimpleNamespace(rank=0), _segments={}, _buckets={}, _loader=SimpleNamespace())
-    worker._loader.forget = lambda: None
-    worker._release_senders_memory = lambda: WorkerRuntime._release_senders_memory(worker)
+    mapped = MappedBuckets(torch.device("cpu"), lambda: None)
+    worker: Any = SimpleNamespace(_worker=SimpleNamespace(rank=0), _mapped=mapped, _finish_copies=lambda: None)
     worker._take = lambda pairs, is_lora: taken.append(pairs)
     refused = 0
     for number in range(CASES):

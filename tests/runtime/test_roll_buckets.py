@@ -172,7 +172,9 @@ def test_every_dtype(dtype: str) -> None:
 def test_a_worker_takes_them() -> None:
     taken: list[Any] = []
     worker: Any = SimpleNamespace(
-        _worker=SimpleNamespace(rank=0), _device=torch.device("cpu"), _take=lambda pairs, is_lora: taken.append(pairs)
+        _worker=SimpleNamespace(rank=0),
+        _finish_copies=lambda: None,
+        _take=lambda pairs, is_lora: taken.append(pairs),
     )
     WorkerRuntime.receive_bucket(worker, [as_bytes(TENSORS)])
     assert [name for name, _ in taken[0]] == list(TENSORS)
