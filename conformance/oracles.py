@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from pytest_roll_vllm.engines import EngineHandle, EnginePool
     from pytest_roll_vllm.trainer import Trainer
+
+MiB = 2**20
 
 #: The ways to send weights.
 TRANSPORTS = ("bucket", pytest.param("collective", marks=pytest.mark.vllm_needs("update.collective")))
@@ -443,8 +445,8 @@ def memory_held(pids: Iterable[int], device_kind: str) -> int:
     rows = _nvidia_smi("--query-compute-apps=pid,used_memory")
     known = {int(pid): int(size) for pid, size in rows if size.isdecimal()}
     if known.keys() >= set(pids):
-        return sum(known[pid] for pid in pids) * 2**20
-    return sum(int(size) for (size,) in _nvidia_smi("--query-gpu=memory.used")) * 2**20
+        return sum(known[pid] for pid in pids) * MiB
+    return sum(int(size) for (size,) in _nvidia_smi("--query-gpu=memory.used")) * MiB
 
 
 def _nvidia_smi(query: str) -> list[list[str]]:
@@ -455,38 +457,51 @@ def _nvidia_smi(query: str) -> list[list[str]]:
 
 @asynccontextmanager
 async def memory_withheld(engine: EngineHandle, device_kind: str) -> AsyncIterator[None]:
-    """The engine's ranks get hardly any more memory: on a CPU they hold all there is, on CUDA this process does."""
-    import torch
-
-    if device_kind != "cpu":
-        free, _ = torch.cuda.mem_get_info()
-        taken = torch.empty(free - 16 * 2**20, dtype=torch.uint8, device="cuda")
+    """The engine's ranks get hardly any more memory: they hold all there is, after this process has on CUDA."""
+    with nullcontext() if device_kind == "cpu" else device_filled():
+        await engine.collective_rpc("roll_vllm_withhold_memory")
         try:
             yield
         finally:
-            del taken
-            torch.cuda.empty_cache()
-        return
-    await engine.collective_rpc("roll_vllm_withhold_memory")
+            await engine.collective_rpc("roll_vllm_release_memory")
+
+
+@contextmanager
+def device_filled(spare: int = 0) -> Iterator[None]:
+    """Hold all that is free on the first device but for ``spare`` bytes, every byte of it overwritten with 0xFF.
+
+    What others gave back there is among it. A neighbour that needs memory meanwhile gets none.
+    """
+    import torch
+
+    torch.full((2**20,), 0xFF, dtype=torch.uint8, device="cuda")  # so that this process has all that it takes
+    torch.cuda.empty_cache()
+    blocks = []
+    size = free = torch.cuda.mem_get_info()[0] - spare
+    while size >= 2 * MiB and free > 0:
+        try:
+            size = min(size, free)
+            blocks.append(torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+        free = torch.cuda.mem_get_info()[0] - spare
+    torch.cuda.synchronize()
     try:
         yield
     finally:
-        await engine.collective_rpc("roll_vllm_release_memory")
+        blocks.clear()
+        torch.cuda.empty_cache()
 
 
-def poison(device_kind: str, size: int) -> None:
-    """Overwrite free memory of the first CUDA device, at least ``size`` bytes where there is room, with NaN.
+def poison(device_kind: str) -> None:
+    """Overwrite all free memory of the first CUDA device with NaN, and give it back.
 
     What sleep gave back may then hold anything, as it may when others used it. On a CPU nothing is done: the system
     clears what it hands out.
     """
-    import torch
-
     if device_kind == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        torch.full((min(4 * size, free - 2**30),), 0xFF, dtype=torch.uint8, device="cuda")
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        with device_filled():
+            pass
 
 
 def processes_below(pid: int) -> list[psutil.Process]:

@@ -141,8 +141,8 @@ async def test_bucket_is_truncated(vllm_engine: EngineHandle, vllm_trainer: Trai
     ranks = vllm_engine.vllm_config.parallel_config.world_size
     with BucketSender() as sender:
         payload = next(sender.payloads(weights))
-        assert sender._bucket is not None
-        os.truncate(sender._bucket.path, sender._bucket.memory.nbytes // 2)
+        (bucket,) = sender._buckets.values()
+        os.truncate(bucket.path, bucket.memory.nbytes // 2)
         call = vllm_engine.update_parameter_in_bucket([payload] * ranks)
         await assert_fail([call], WeightUpdateError, "its metadata says")
     await assert_usable(vllm_engine, vllm_trainer)

@@ -36,6 +36,7 @@ from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle, EnginePool, eager_variables
 from pytest_roll_vllm.models import Model
 from pytest_roll_vllm.options import Settings
+from pytest_roll_vllm.outcomes import NOT_APPLICABLE
 from pytest_roll_vllm.report import note
 from pytest_roll_vllm.trainer import Trainer
 from roll_vllm import WeightsNotReadyError, WeightsStatus, environment, versions
@@ -162,7 +163,9 @@ def start_script(
     """Starts a script: ``start_script(worker_name, generate, **variables)``."""
     if vllm_settings.engine == "V0" and script_ranks == 1:
         # The only rank of a V0 engine is the script itself, which would leave nobody behind.
-        pytest.skip("a V0 engine of one rank has no process beside its parent, and there is one device only")
+        reason = "a V0 engine of one rank has no process beside its parent, and there is one device only"
+        request.node.user_properties.append((NOT_APPLICABLE, reason))
+        pytest.skip(reason)
     engine = {name: value for name, value in vllm_engine_args.items() if name != "resource_placement_groups"}
     ray = None
     if vllm_executor == "ray":

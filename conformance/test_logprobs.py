@@ -132,7 +132,11 @@ async def assert_mode(engine: EngineHandle, trainer: Trainer, prompts: list[list
         assert max(off[advertised]) <= bound, (
             f"at temperature {temperature} {advertised} are off by {max(off[advertised]):.2g}, allowed is {bound:.2g}"
         )
-        assert max(off[other]) > 10 * bound, f"at temperature {temperature} nothing tells {advertised} from {other}"
+        # On average: in a dtype that rounds, single tokens may be off by as much as the two modes differ.
+        near, far = (sum(off[mode]) / len(off[mode]) for mode in (advertised, other))
+        assert far > 3 * near, (
+            f"at temperature {temperature} nothing tells {advertised} from {other}: {near:.2g}, {far:.2g}"
+        )
 
 
 @explicit

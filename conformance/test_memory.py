@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conformance.oracles import assert_counts, memory_held, pids, processes_of, resident_bytes
+from conformance.oracles import assert_counts, memory_held, pids, poison, processes_of, resident_bytes
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle
 from pytest_roll_vllm.models import Model
@@ -75,6 +75,7 @@ async def test_cycles_leave_nothing(
     async def cycle(number: int) -> None:
         version = vllm_trainer.reference_version + number % 3
         await vllm_engine.offload_states(1 + number % 2)
+        poison(vllm_device.kind)
         await vllm_engine.load_states()
         await vllm_trainer.push(vllm_engine, version)
         (tokens,) = await vllm_engine.greedy([[number]], 4)

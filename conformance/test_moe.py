@@ -15,6 +15,7 @@ from conformance.oracles import (
     assert_parity,
     assert_says,
     assert_updated_is_as_fresh,
+    poison,
     started_on,
 )
 from pytest_roll_vllm.contracts import contract
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 def vllm_model(request: pytest.FixtureRequest, vllm_model_factory: Callable[[str], Model]) -> Model:
     """A model of experts; the second kind takes another engine, and runs on request."""
     return vllm_model_factory(request.param)
-
-
-@pytest.fixture
-def vllm_engine_args(vllm_engine_args: dict[str, Any], vllm_device: Device) -> dict[str, Any]:
-    arguments = dict(vllm_engine_args)
-    if vllm_device.kind != "cpu":
-        arguments["gpu_memory_utilization"] = 0.35  # a second engine stands beside it
-    return arguments
 
 
 experts = contract(
@@ -94,9 +87,10 @@ async def test_experts_after_the_post_load_step(vllm_engine: EngineHandle, vllm_
 
 
 @experts
-async def test_experts_after_sleep(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+async def test_experts_after_sleep(vllm_engine: EngineHandle, vllm_trainer: Trainer, vllm_device: Device) -> None:
     version = vllm_trainer.reference_version + 1
     await vllm_engine.offload_states(2)
+    poison(vllm_device.kind)
     await vllm_trainer.push(vllm_engine, version)
     await vllm_engine.load_states()
     await assert_holds(vllm_engine, vllm_trainer, version)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.oracles import Fresh, assert_updated_is_as_fresh, started_on
+from conformance.oracles import Fresh, assert_updated_is_as_fresh, poison, started_on
 from conformance.test_moe import derived
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle, EnginePool
-from pytest_roll_vllm.models import Model, make
+from pytest_roll_vllm.models import Model, Probe, make
 from pytest_roll_vllm.trainer import Trainer
 from roll_vllm import WeightsStatus, WeightUpdateError
+from roll_vllm.devices import Device
 
 if TYPE_CHECKING:
     import torch
@@ -26,18 +27,62 @@ if TYPE_CHECKING:
 BACKENDS = ("cpu", "cuda", "rocm")
 
 
+#: Rows and columns that have a scale in common, and the largest number of float8_e4m3fn.
+BLOCK, LARGEST = 128, 448.0
+
+
+class InBlocks(Model):
+    """A model whose trainer quantises it: projections are in fp8, with a scale for each block, as vLLM expects them.
+
+    Args:
+        model: in bfloat16, of sizes that are multiples of the block's.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.name, self.path, self.dtype = f"{model.name} in blocks", model.path, model.dtype
+        self.tied, self.vocab_size, self.reference_version = model.tied, model.vocab_size, model.reference_version
+
+    def weights(self, version: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self._model.weights(version).items():
+            if not name.endswith("_proj.weight"):
+                tensors[name] = tensor
+                continue
+            rows, columns = tensor.shape
+            blocks = tensor.float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+            scales = blocks.abs().amax(dim=(1, 3)) / LARGEST
+            quantised = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            tensors[name], tensors[f"{name}_scale_inv"] = quantised.view(rows, columns), scales
+        return tensors
+
+    def probes(self, version: int) -> list[Probe]:
+        return self._model.probes(version)
+
+
 @pytest.fixture(scope="session")
-def vllm_model(vllm_cache_dir: Path) -> Model:
-    """Random weights, sent in the dtype that vLLM quantises from."""
+def unquantised(vllm_cache_dir: Path) -> Model:
+    """Random weights in the dtype that is quantised."""
     return make("random", vllm_cache_dir / "models", "bfloat16")
 
 
+@pytest.fixture(scope="session")
+def in_blocks(unquantised: Model) -> Model:
+    """The same, quantised by its trainer."""
+    return InBlocks(unquantised)
+
+
+@pytest.fixture(scope="session")
+def vllm_model(unquantised: Model) -> Model:
+    """Sent as it is: vLLM quantises it, with one scale for each tensor."""
+    return unquantised
+
+
 @pytest.fixture
-def vllm_engine_args(vllm_engine_args: dict[str, Any], vllm_device: Any) -> dict[str, Any]:
-    arguments = {**vllm_engine_args, "quantization": "fp8"}
-    if vllm_device.kind != "cpu":
-        arguments["gpu_memory_utilization"] = 0.35  # another one may stand beside it
-    return arguments
+def vllm_engine_args(vllm_engine_args: dict[str, Any]) -> dict[str, Any]:
+    return {**vllm_engine_args, "quantization": "fp8"}
 
 
 refit = contract(
@@ -59,13 +104,14 @@ def fresh(
     prompts: list[list[int]],
     tmp_path: Path,
 ) -> Fresh:
-    """What an engine is that was started on other weights than the reference; one start for all tests."""
+    """What an engine is that was started on other weights than the reference; one start for all tests of a model."""
     kept: dict[str, Fresh] = vllm_engine_pool.keep.setdefault("started on files", {})
-    if "fp8" not in kept:
-        kept["fp8"] = started_on(
+    name = vllm_trainer.model.name
+    if name not in kept:
+        kept[name] = started_on(
             vllm_engine_pool, vllm_engine_creator, vllm_engine_args, vllm_trainer, prompts, tmp_path
         )
-    return kept["fp8"]
+    return kept[name]
 
 
 @refit
@@ -104,9 +150,10 @@ async def test_nothing_moves(vllm_engine: EngineHandle, vllm_trainer: Trainer) -
 
 
 @refit
-async def test_refit_after_sleep(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+async def test_refit_after_sleep(vllm_engine: EngineHandle, vllm_trainer: Trainer, vllm_device: Device) -> None:
     sums = await vllm_engine.checksums()
     await vllm_engine.offload_states(2)
+    poison(vllm_device.kind)
     await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version)
     await vllm_engine.load_states()
     assert await vllm_engine.checksums() == sums
@@ -145,3 +192,45 @@ async def test_scales_follow_the_weights(vllm_engine: EngineHandle, vllm_trainer
     after = (await vllm_engine.collective_rpc("roll_vllm_numbers", args=("weight_scale",)))[0]
     stale = [name for name in before if after[name] != [4 * scale for scale in before[name]]]
     assert not stale, f"the weights are four times as large, and these scales are not: {stale}"
+
+
+class TestBlocks:
+    """A trainer that quantises by blocks. The kernels are for GPUs, and have no stand-ins."""
+
+    pytestmark = pytest.mark.vllm_backend("cuda")
+
+    @pytest.fixture
+    def vllm_model(self, in_blocks: Model) -> Model:
+        return in_blocks
+
+    @pytest.fixture
+    def vllm_engine_args(self, vllm_engine_args: dict[str, Any]) -> dict[str, Any]:
+        how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+        return {**vllm_engine_args, "hf_overrides": {"quantization_config": how}}
+
+    @refit
+    async def test_blocks_are_as_fresh(
+        self, fresh: Fresh, vllm_engine: EngineHandle, vllm_trainer: Trainer, prompts: list[list[int]]
+    ) -> None:
+        addresses = await vllm_engine.collective_rpc("roll_vllm_addresses")
+        scales = [name for name in fresh.checksums if "_proj.weight_scale" in name]
+        assert len(scales) == 8, "four quantised layers are expected in each of two"
+        before = (await vllm_engine.checksums())[0]
+        assert not [name for name in scales if before[name] == fresh.checksums[name]]
+        await assert_updated_is_as_fresh(vllm_engine, vllm_trainer, prompts, fresh)
+        assert await vllm_engine.collective_rpc("roll_vllm_addresses") == addresses
+
+    @refit
+    async def test_blocks_after_sleep(
+        self, vllm_engine: EngineHandle, vllm_trainer: Trainer, vllm_device: Device
+    ) -> None:
+        version, sums = vllm_trainer.reference_version, await vllm_engine.checksums()
+        for level in (1, 2):
+            await vllm_engine.offload_states(level)
+            poison(vllm_device.kind)
+            await vllm_engine.load_states()
+            if level == 2:
+                await vllm_trainer.push(vllm_engine, version)
+            assert await vllm_engine.checksums() == sums, f"after sleep level {level}"
+        await vllm_trainer.push(vllm_engine, version + 1)
+        assert await vllm_engine.checksums() != sums, "an update changed nothing"

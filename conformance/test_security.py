@@ -176,8 +176,8 @@ async def test_shared_memory_is_private(vllm_engine: EngineHandle, vllm_trainer:
     with BucketSender() as sender:
         async with vllm_engine.weight_update(sender=sender) as update:
             await update.send(weights)
-            assert sender._bucket is not None
-            assert stat.S_IMODE(sender._bucket.path.stat().st_mode) == 0o600
+            (bucket,) = sender._buckets.values()
+            assert stat.S_IMODE(bucket.path.stat().st_mode) == 0o600
     workers = [psutil.Process(pid) for pid in await pids(vllm_engine)]
     own = os.getuid()
     for process in [*processes_of(vllm_engine), *workers]:

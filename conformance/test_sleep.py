@@ -11,6 +11,7 @@ from conformance.oracles import (
     answers,
     assert_holds,
     assert_parity,
+    assert_says,
     completed,
     memory_held,
     pids,
@@ -25,13 +26,6 @@ from roll_vllm import ConfigurationError, WeightsNotReadyError, WeightsStatus
 from roll_vllm.devices import Device
 
 MiB = 2**20
-
-
-async def held_bytes(engine: EngineHandle) -> int:
-    """What the workers say that they hold, or as much as these models need where nobody says it."""
-    if "runtime" not in engine.supported:
-        return 512 * MiB
-    return sum(sum(worker.resident_bytes.values()) for worker in (await engine.state()).workers)
 
 
 level_1_identity = contract(
@@ -52,16 +46,16 @@ async def test_level_1_changes_nothing(
     asked = [*prompts, long_prompt]
     said, sums = await answers(vllm_engine, continuous_trainer, asked, 12), await vllm_engine.checksums()
     for _ in range(2):
-        held = await held_bytes(vllm_engine)
         await vllm_engine.sleep(1)
         if "state" in vllm_engine.supported:
             assert (await vllm_engine.state()).is_sleeping
-        poison(vllm_device.kind, held)
+        poison(vllm_device.kind)
         await vllm_engine.wake_up()
         assert await vllm_engine.checksums() == sums
         _, cached = await completed(vllm_engine, long_prompt, temperature=0.0, max_tokens=2)
         assert cached == 0, "the KV cache was given back, but its prefix cache still answers"
         assert await answers(vllm_engine, continuous_trainer, asked, 12) == said
+        await assert_says(vllm_engine, continuous_trainer, version)
     await assert_parity(vllm_engine, continuous_trainer, version, prompts[:4])
 
 
@@ -74,8 +68,11 @@ requires_reload = contract(
 
 
 @requires_reload
-async def test_level_2_without_reload_is_refused(vllm_engine: EngineHandle, vllm_trainer: Trainer) -> None:
+async def test_level_2_without_reload_is_refused(
+    vllm_engine: EngineHandle, vllm_trainer: Trainer, vllm_device: Device
+) -> None:
     await vllm_engine.sleep(2)
+    poison(vllm_device.kind)
     await vllm_engine.wake_up()
     state = await vllm_engine.state()
     assert not state.is_sleeping
@@ -114,9 +111,8 @@ async def test_level_2_restores_buffers(vllm_engine: EngineHandle, vllm_trainer:
     before = (await vllm_engine.checksums())[0]
     buffers = set(before) - set(vllm_trainer.engine_tensors(version))
     assert any("cos_sin_cache" in name for name in buffers), f"no rotary table among the buffers {sorted(buffers)}"
-    held = await held_bytes(vllm_engine)
     await vllm_engine.sleep(2)
-    poison(vllm_device.kind, held)
+    poison(vllm_device.kind)
     await vllm_engine.wake_up()
     await vllm_trainer.push(vllm_engine, version)
     after = (await vllm_engine.checksums())[0]
@@ -148,6 +144,7 @@ async def test_tag_order(
     buffers = (await vllm_engine.checksums())[0]
     parameters = vllm_trainer.engine_tensors(version)
     await vllm_engine.sleep(2)
+    poison(vllm_device.kind)
     asleep = {"weights", "kv_cache"}
     assert (await vllm_engine.state()).sleeping == asleep
     for step in steps:

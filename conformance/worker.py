@@ -34,6 +34,22 @@ class SuiteExtension(RollVllmWorkerExtension):
         found = named_tensors(runner.get_model())
         return {name: tensor.flatten().tolist() for name, tensor in found if name.endswith(suffix)}
 
+    def roll_vllm_scale(self, suffix: str, factor: float) -> None:
+        """Multiply every tensor whose name ends so."""
+        import torch
+
+        from roll_vllm.worker.checksums import named_tensors
+
+        runner: Any = vars(self)["model_runner"]
+        with torch.inference_mode():
+            for name, tensor in named_tensors(runner.get_model()):
+                if name.endswith(suffix):
+                    tensor.mul_(factor)
+
+    def roll_vllm_graph_replays(self) -> int:
+        """How often this process has replayed captured graphs since it was asked for the first time."""
+        return _replays()
+
     def roll_vllm_stand_in_drafter(self, present: bool) -> None:
         """Give the model runner a drafter that has weights, or take it away. It drafts nothing: no CPU can run one."""
         import torch
@@ -45,29 +61,67 @@ class SuiteExtension(RollVllmWorkerExtension):
             del runner.drafter
 
     def roll_vllm_withhold_memory(self) -> None:
-        """Take all memory that this process can have, but for a few MiB; on a CPU. No page of it is touched."""
+        """Take all memory that this process can have, but for a few MiB on a CPU. No page of it is touched."""
         import psutil
         import torch
 
+        runner: Any = vars(self)["model_runner"]
+        device = next(runner.get_model().parameters()).device
+        if device.type != "cpu":
+            # What the allocator has kept, too.
+            vars(self)["roll_vllm_withheld"] = None, _all_blocks(device, 512)
+            return
         process, spare = psutil.Process(), 4 * 2**20
-        before, blocks, size = process.rlimit(psutil.RLIMIT_AS), [], 2**30
+        before = process.rlimit(psutil.RLIMIT_AS)
         # An allocator keeps address space that was freed and hands it out again, whatever the limit.
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, before[1]))
-        while size >= spare // 4:
-            try:
-                blocks.append(torch.empty(size, dtype=torch.uint8))
-            except RuntimeError:
-                size //= 2
+        blocks = _all_blocks(torch.device("cpu"), spare // 4)
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + spare, before[1]))
         vars(self)["roll_vllm_withheld"] = before, blocks
 
     def roll_vllm_release_memory(self) -> None:
         """Give back what :meth:`roll_vllm_withhold_memory` took."""
         import psutil
+        import torch
 
         before, blocks = vars(self).pop("roll_vllm_withheld")
-        psutil.Process().rlimit(psutil.RLIMIT_AS, before)
+        if before is not None:
+            psutil.Process().rlimit(psutil.RLIMIT_AS, before)
         blocks.clear()
+        if before is None:
+            torch.cuda.empty_cache()
+
+
+def _all_blocks(device: Any, smallest: int) -> list[Any]:
+    """Tensors that together take all that torch can get, in pieces of a GiB and less."""
+    import torch
+
+    blocks, size = [], 2**30
+    while size >= smallest:
+        try:
+            blocks.append(torch.empty(size, dtype=torch.uint8, device=device))
+        except RuntimeError:
+            size //= 2
+    return blocks
+
+
+_replayed: list[int] = []
+
+
+def _replays() -> int:
+    import torch
+
+    if not _replayed:
+        graph: Any = torch.cuda.CUDAGraph
+        replay = graph.replay
+        _replayed.append(0)
+
+        def counted(self: Any) -> None:
+            _replayed[0] += 1
+            replay(self)
+
+        graph.replay = counted
+    return _replayed[0]
 
 
 _FP8 = "vllm.model_executor.layers.quantization.fp8"

@@ -13,8 +13,15 @@ from tests.saboteurs.worker import FROM_START, UNBEARING
 
 ACCELERATORS = ("cuda", "rocm", "npu")
 
+#: As the tests of graphs start their engine.
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
+
 in_worker("keep-what-was-sent", "mem-sync-bounded", backends=("cuda", "rocm"))
 in_worker("damage-weights-at-every-wake", "sl-two-engines", backends=ACCELERATORS)
+in_worker("move-what-graphs-read", "wu-graphs-stay-live", backends=("cuda", "rocm"), arguments=GRAPHS)
+in_worker("explain-no-lack-of-memory", "err-out-of-memory", backends=("cuda", "rocm"))
+in_worker("skip-a-tensor-of-another-process", "wu-devices-by-other-names", backends=("cuda",))
+in_worker("keep-senders-memory", "wu-bucket-on-device", backends=("cuda", "rocm"))
 
 
 @saboteur("env-memory-profiling-tolerant", starts_engine=True, backends=ACCELERATORS)

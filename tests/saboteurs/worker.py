@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -426,6 +426,11 @@ def compare_nothing(runtime: Any) -> Sequence[Any]:
     return [patch("roll_vllm.transfer.collective.CollectiveGroup._compare", lambda *_: False)]
 
 
+def explain_no_lack_of_memory(runtime: Any) -> Sequence[Any]:
+    """Errors of the allocator come as they are."""
+    return [patch(f"{type(runtime).__module__}.out_of_memory_explained", lambda action: nullcontext())]
+
+
 def unpickle_payloads(runtime: Any) -> Sequence[Any]:
     """A payload that is not known is tried as a pickle, as ROLL's and SGLang's are."""
     import pickle
@@ -459,6 +464,17 @@ def keep_what_was_sent(runtime: Any) -> Sequence[Any]:
         return load(pairs)
 
     return [patch.object(runtime, "_load", keeping)]
+
+
+def keep_senders_memory(runtime: Any) -> Sequence[Any]:
+    """Device memory of senders stays mapped, whether they want it back or not."""
+    attach, kept = runtime._mapped._attach, []
+
+    def keeping(manifest: Any) -> Any:
+        kept.append(attach(manifest))
+        return kept[-1]
+
+    return [patch.object(runtime._mapped, "_attach", keeping)]
 
 
 def reset_scales_at_wake(runtime: Any) -> Sequence[Any]:
@@ -505,9 +521,16 @@ BREAKAGES: dict[str, Callable[[Any], Sequence[Any]]] = {
         leave_a_descriptor_open_at_every_wake,
         stay_in_lost_groups,
         compare_nothing,
+        explain_no_lack_of_memory,
         unpickle_payloads,
         listen_everywhere,
         keep_what_was_sent,
+        keep_senders_memory,
         reset_scales_at_wake,
     )
-} | {"damage-weights-at-every-wake": damage_weights_at_wake}
+} | {
+    # The same for other engines.
+    "damage-weights-at-every-wake": damage_weights_at_wake,
+    "move-what-graphs-read": move_the_parameters,
+    "skip-a-tensor-of-another-process": skip_one_tensor,
+}
