@@ -576,14 +576,12 @@ async def update(options: argparse.Namespace, report: Report) -> dict[str, Any]:
                 torch.cuda.synchronize()
 
         async def send(way: str) -> None:
+            # Returns when the worker's device has done all copies: its memory is the sender's again then.
             async with engine.weight_update(sender=senders[way]) as session:
                 await session.send(weights if way == "shared tensors" else copies)
-            # The engine's answer alone does not say that its device has done all copies.
-            await engine.collective_rpc("bench_synchronize")
             results.setdefault("counts", {})[way] = session.counts
 
         await timed(copy)
-        results["idle_synchronize_s"] = await timed(lambda: engine.collective_rpc("bench_synchronize"))
         first, extra, worker_extra = {}, {}, {}
         for way in list(ways):
             before = (await engine.device_memory(reset_peak=True))[0] if on_gpu else {}

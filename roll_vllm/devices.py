@@ -21,6 +21,7 @@ from roll_vllm.errors import ConfigurationError
 Kind = backends.Kind
 
 _ACCELERATORS = {backend.kind: backend.visibility for backend in BACKENDS.values() if backend.visibility}
+_CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _COMMAND_TIMEOUT = 10.0  # seconds; nvidia-smi needs a few when the driver is not yet loaded
 _MIB = 2**20
 
@@ -126,6 +127,44 @@ def detect(requested: str = "auto", probe: Probe | None = None) -> Device:
         if kind == requested:
             return _demand(kind, probe)
     raise ConfigurationError(f"unknown device {requested!r}; choose one of: auto, {', '.join(BACKENDS)}")
+
+
+def by_index(environ: Mapping[str, str], probe: Probe | None = None) -> dict[str, str]:
+    """Compute the variables that name by index the NVIDIA GPUs that ``environ`` names by UUID.
+
+    All tested releases of vLLM read the names as numbers.
+
+    Args:
+        environ: The variables; not changed. Where they name no GPU by UUID, there is nothing to change.
+        probe: The machine to look at; this one by default.
+
+    Raises:
+        ConfigurationError: If a name is of no GPU here, of several or of a part of one, or an index stands beside a
+            UUID.
+    """
+    setting = f"{_CUDA_VISIBLE}={environ.get(_CUDA_VISIBLE)!r}"
+    entries = [part.strip() for part in environ.get(_CUDA_VISIBLE, "").split(",") if part.strip()]
+    numbers = [entry for entry in entries if re.fullmatch(r"-?[0-9]+", entry)]
+    if len(numbers) == len(entries):
+        return {}
+    slices = [entry for entry in entries if entry.upper().startswith("MIG-")]
+    if slices:
+        raise ConfigurationError(
+            f"{setting}: {slices[0]} is a part of a GPU, which vLLM cannot be shown by its UUID; show it whole GPUs"
+        )
+    if numbers:
+        # An index counts in CUDA_DEVICE_ORDER, and CUDA takes one kind of name or the other.
+        raise ConfigurationError(f"{setting} names GPUs both by index and by UUID; name all of them the same way")
+    found, _ = _nvidia(probe or Probe())
+    indices: list[str] = []
+    for entry in entries:
+        matches = [str(index) for index, one in enumerate(found) if one.uuid.lower().startswith(entry.lower())]
+        if len(matches) != 1 or matches[0] in indices:
+            what = "no GPU" if not matches else "a GPU twice" if len(matches) == 1 else "several GPUs"
+            raise ConfigurationError(f"{setting}: {entry} names {what} of this machine, which has {_listed(found)}")
+        indices += matches
+    # The order in which the driver's tools count; CUDA's own begins with the fastest.
+    return {_CUDA_VISIBLE: ",".join(indices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def require_runnable(device: Device, probe: Probe | None = None) -> None:
@@ -240,9 +279,15 @@ def _look(kind: Kind, probe: Probe) -> tuple[list[_Found], str]:
     found, why = {"cuda": _nvidia, "rocm": _amd, "npu": _ascend}[kind](probe)
     for setting in filters:
         if setting and found:
-            found, before = _select(found, setting[1]), len(found)
-            why += f"; {setting[0]}={setting[1]!r} shows {len(found)} of {before}"
+            before, found = found, _select(found, setting[1])
+            why += f"; {setting[0]}={setting[1]!r} shows {len(found)} of {len(before)}"
+            if not found and not setting[1].split(",")[0].strip().isdecimal():
+                why += f" ({_listed(before)})"
     return found, why
+
+
+def _listed(found: Sequence[_Found]) -> str:
+    return ", ".join(f"{index}: {one.uuid or one.name}" for index, one in enumerate(found)) or "none"
 
 
 def _select(found: Sequence[_Found], visible: str) -> list[_Found]:

@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from roll_vllm import backends, devices, environment, failure, scheduling, versions
 from roll_vllm.engine import EngineOptions
-from roll_vllm.errors import (
-    OUT_OF_MEMORY_REMEDY,
-    ConfigurationError,
-    EngineOutOfMemoryError,
-    RollVllmError,
-    UnsupportedFeatureError,
-)
+from roll_vllm.errors import ConfigurationError, RollVllmError, UnsupportedFeatureError
 from roll_vllm.executor.placement import Placement, RankPlacement, parse
 from roll_vllm.patches import process
 
@@ -35,7 +29,6 @@ logger = logging.getLogger(__name__)
 ROLL_DEFAULTS: Mapping[str, Any] = {"gpu_memory_utilization": 0.8, "load_format": "dummy"}
 
 _EXTENSION = "roll_vllm.worker.extension.RollVllmWorkerExtension"
-_OUT_OF_MEMORY_SIGNS = ("out of memory", "No available memory", "MemoryError", "less than desired GPU memory")
 
 
 async def create_async_llm(
@@ -180,8 +173,9 @@ async def _start(generation: str, arguments: dict[str, Any], options: EngineOpti
             raise left from error
         if left is not None:
             error = RuntimeError(f"{error} {left}")
-        if any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS):
-            raise EngineOutOfMemoryError(f"the engine could not start: {error}. {OUT_OF_MEMORY_REMEDY}") from error
+        lack = failure.out_of_memory(error)
+        if lack is not None:
+            raise lack from error
         raise
 
 

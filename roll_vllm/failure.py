@@ -5,14 +5,51 @@ vLLM's engine core ends with "see stack trace above" for its parent, whatever th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from roll_vllm import errors
-from roll_vllm.errors import RollVllmError
+from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, RollVllmError
 
 _NAME = "failure"
+
+#: What vLLM, torch and Python say where a start lacks memory.
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "allocate memory",  # torch's CPU allocator
+    "No available memory",
+    "MemoryError",
+    "less than desired GPU memory",
+    "larger than the available KV cache memory",
+    "larger than the maximum number of tokens that can be stored in KV cache",  # V0
+)
+
+
+def out_of_memory(error: BaseException) -> EngineOutOfMemoryError | None:
+    """What to raise instead of an error that ended a start, if it is one of too little memory."""
+    if isinstance(error, EngineOutOfMemoryError):
+        return error
+    kinds = [kind.__name__ for kind in type(error).__mro__]  # torch's has a name of its own
+    # vLLM breaks its messages where its source has lines, not all of them at a space.
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if "OutOfMemoryError" not in kinds and not any(sign in text for sign in _OUT_OF_MEMORY_SIGNS):
+        return None
+    return EngineOutOfMemoryError(f"the engine could not start: {text.rstrip('. ')}. {OUT_OF_MEMORY_REMEDY}")
+
+
+@contextlib.contextmanager
+def out_of_memory_left(directory: str | None) -> Iterator[None]:
+    """Leave word of too little memory in an engine's directory, where it is on this machine; the error goes on."""
+    try:
+        yield
+    except Exception as error:
+        known = out_of_memory(error)
+        if known is not None and directory and Path(directory).is_dir():
+            leave(directory, known)
+        raise
 
 
 def leave(directory: str | os.PathLike[str], error: RollVllmError) -> None:

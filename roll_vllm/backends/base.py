@@ -94,7 +94,8 @@ class Backend(ABC):
             ranks: How many workers the engine has on this machine, data-parallel ones included.
 
         Raises:
-            ConfigurationError: If ``vllm_version`` is malformed.
+            ConfigurationError: If ``vllm_version`` is malformed, or the visible devices are named as vLLM cannot
+                be told them.
         """
         return {}
 

@@ -21,6 +21,11 @@ class Cuda(Backend):
     def _worker_class(self, vllm_version: str, engine: str) -> str:
         return "vllm.worker.worker.Worker" if engine == "V0" else "vllm.v1.worker.gpu_worker.Worker"
 
+    def worker_environment(self, vllm_version: str, environ: Mapping[str, str], ranks: int = 1) -> dict[str, str]:
+        from roll_vllm import devices
+
+        return devices.by_index(environ)
+
     def enable_sleep_mode(self, vllm_version: str, engine: str = "V1") -> bool:
         return True
 

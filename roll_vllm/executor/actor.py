@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from roll_vllm import environment
+from roll_vllm import backends, devices, environment
 from roll_vllm.executor import cluster, stock
 
 
@@ -29,6 +29,9 @@ class RollVllmRayWorker(stock.worker_wrapper()):  # type: ignore[misc]
             # Ray does not do it where RAY_EXPERIMENTAL_NOSET_… forbids it, and shows what it assigned otherwise.
             shown = device if device is not None else ",".join(map(str, assigned))
             os.environ.update(dict.fromkeys(visibility, shown))
+        if tuple(visibility) == backends.get("cuda").visibility[-1]:
+            # Ray passes on what the node is shown, which may be UUIDs, and only here is it known what they name.
+            os.environ.update(devices.by_index(os.environ))
         super().__init__(**options)
 
     def roll_vllm_describe(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,6 +11,9 @@ from typing import Any, ClassVar
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 
 from roll_vllm.engine import RolloutEngine
+from roll_vllm.frontends import local_device
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.01
 _END_S = 3.0
@@ -28,8 +32,19 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
     _alive: ClassVar[set[int]] = set()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        AsyncLLMEngine.__init__(self, *args, **kwargs)
+        before = local_device.pool_bytes()
+        try:
+            AsyncLLMEngine.__init__(self, *args, **kwargs)
+        except BaseException:
+            if not before and local_device.pool_bytes():
+                local_device.end_start()
+            raise
         self.vllm_config = kwargs["vllm_config"]
+        self._device_gate = local_device.Gate()
+        worker = local_device.local_worker(self.engine.model_executor)
+        if worker is not None:
+            # A step goes on in its thread when the loop that waits for it has ended.
+            worker.model_runner.execute_model = self._device_gate.behind(worker.model_runner.execute_model)
         RolloutEngineV0._alive.add(id(self))
         self._stepping = asyncio.Lock()
         self._run_step, self.engine.step_async = self.engine.step_async, self._step
@@ -75,7 +90,7 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
             # The other ranks otherwise wait for the next step, and hear nothing else.
             await self.engine.stop_remote_worker_execution_loop_async()
             call = self.engine.model_executor.collective_rpc
-            results: list[Any] = await asyncio.to_thread(call, method, None, args, kwargs)
+            results: list[Any] = await asyncio.to_thread(self._device_gate.behind(call), method, None, args, kwargs)
         return results
 
     @classmethod
@@ -212,8 +227,24 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
             if process is not None:
                 process.join(_END_S)
                 process.kill()
+        worker = local_device.local_worker(self.engine.model_executor)
+        if worker is not None:  # before the process groups, which its graphs use
+            self._end_worker(worker)
         RolloutEngineV0._alive.discard(id(self))
         if not RolloutEngineV0._alive:
             # The next engine may have another number of ranks.
             destroy_model_parallel()
             destroy_distributed_environment()
+
+    def _end_worker(self, worker: Any) -> None:
+        """Give back the device memory of the worker in this process, unless something still runs on it."""
+        if not self._device_gate.shut(_END_S):
+            logger.warning(
+                "the device memory of the engine stays taken: a call still runs in its worker; end this process to "
+                "have it back"
+            )
+            return
+        try:
+            local_device.end(worker)
+        except Exception as error:  # such as any use of a device after an error on it
+            logger.warning("the device memory of the engine stays taken: %s", error)

@@ -11,6 +11,7 @@ from roll_vllm.patches import (
     moe_reload,
     profiling,
     sleep_buffers,
+    start_memory,
     survival,
     visible_devices,
 )
@@ -25,6 +26,7 @@ PATCHES: tuple[Patch, ...] = (
     *moe_reload.PATCHES,
     *profiling.PATCHES,
     *sleep_buffers.PATCHES,
+    *start_memory.PATCHES,
     *survival.PATCHES,
     *visible_devices.PATCHES,
 )

@@ -56,6 +56,9 @@ class BucketSender:
         self._via_host = via_host
         self._buckets: dict[torch.device | None, AnySegment] = {}  # None: in host memory
         self._shared: list[AnySegment] = []
+        # What was found out about shared tensors, and their payloads: hundreds of tensors are sent again and again.
+        self._places: dict[str, tuple[int, torch.dtype, torch.Size, AnySegment, Placement]] = {}
+        self._encoded: dict[AnySegment, tuple[list[Placement], bytes]] = {}
 
     def share(self, named_tensors: NamedTensors) -> None:
         """Move tensors into shared memory, in place, so that later sends copy nothing on this side.
@@ -136,14 +139,15 @@ class BucketSender:
         filled: dict[_Homes, int] = {}
         known: dict[torch.device, _Homes] = {}
         for name, tensor in items_of(named_tensors):
-            spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-            if tensor.device not in known:
-                known[tensor.device] = self._homes(tensor.device, workers)
-            homes = known[tensor.device]
-            place = self._locate(tensor)
-            if place is not None and set(homes) <= {tensor.device} and (homes or tensor.device.type == "cpu"):
-                in_place.setdefault(place[0], []).append(Placement(spec, place[1]))
+            device = tensor.device
+            if device not in known:
+                known[device] = self._homes(device, workers)
+            homes = known[device]
+            place = self._place(name, tensor) if set(homes) <= {device} and (homes or device.type == "cpu") else None
+            if place is not None:
+                in_place.setdefault(place[0], []).append(place[1])
                 continue
+            spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
             if homes in pending and filled[homes] + spec.nbytes > self._bucket_bytes:
                 yield self._pack(pending.pop(homes), homes)
             if homes not in pending:
@@ -154,7 +158,9 @@ class BucketSender:
             yield self._pack(specs, homes)
         for segment, placements in in_place.items():
             _synchronize(segment.memory)  # whoever trains them may still be at it
-            yield [_payload(segment, placements, kept=True)]
+            if segment not in self._encoded or self._encoded[segment][0] != placements:
+                self._encoded[segment] = placements, _payload(segment, placements, kept=True)
+            yield [self._encoded[segment][1]]
 
     def _homes(self, source: torch.device, workers: Sequence[str] | None) -> _Homes:
         """The devices that tensors of a device are packed on, one for each payload; none for host memory."""
@@ -178,6 +184,7 @@ class BucketSender:
         for segment in (*self._buckets.values(), *self._shared):
             segment.close()
         self._buckets, self._shared = {}, []
+        self._places, self._encoded = {}, {}
 
     def __enter__(self) -> BucketSender:
         return self
@@ -185,15 +192,20 @@ class BucketSender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _locate(self, tensor: torch.Tensor) -> tuple[AnySegment, int] | None:
-        """The shared segment that holds ``tensor`` and the tensor's first byte in it, if it lies in one."""
+    def _place(self, name: str, tensor: torch.Tensor) -> tuple[AnySegment, Placement] | None:
+        """The shared segment that holds ``tensor``, and where in it, if it lies in one."""
         if not tensor.is_contiguous():
             return None
+        found = self._places.get(name)
+        if found is not None and found[:3] == (tensor.data_ptr(), tensor.dtype, tensor.shape):
+            return found[3:]
         for segment in self._shared:
             offset = tensor.data_ptr() - segment.memory.data_ptr()
             inside = 0 <= offset and offset + tensor.nbytes <= segment.memory.nbytes
             if inside and segment.memory.device == tensor.device:
-                return segment, offset
+                placement = Placement(TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)), offset)
+                self._places[name] = (tensor.data_ptr(), tensor.dtype, tensor.shape, segment, placement)
+                return segment, placement
         return None
 
     def _pack(self, pending: list[tuple[TensorSpec, torch.Tensor]], homes: _Homes) -> list[bytes]:

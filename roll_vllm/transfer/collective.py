@@ -6,6 +6,7 @@ so that either side can be theirs. It never becomes or touches the process's def
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -56,6 +57,9 @@ SETTINGS = {
         "HCCL_WHITELIST_DISABLE",
     ),
 }
+
+#: How the answer of a rank begins that does not take part in a broadcast; the reason follows.
+_REFUSAL = "refused: "
 
 #: How long to wait for the notes of the other ranks. Those of another library leave none.
 _NOTES_S = 5.0
@@ -175,8 +179,10 @@ class CollectiveGroup:
     def _agree(self, tensors: Sequence[torch.Tensor]) -> None:
         """Compare what rank 0 is about to send with what the others expect; torch would hang or end the process.
 
+        Every rank learns what became of it, since whoever began to receive would wait for rank 0 for ever.
+
         Raises:
-            RuntimeError: they differ, or somebody does not answer.
+            RuntimeError: they differ, or somebody refuses or does not answer.
         """
         if not self._all_ours:
             return
@@ -186,27 +192,55 @@ class CollectiveGroup:
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         own = f"{len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors)} bytes in all, layout {digest[:12]}"
         answers = [f"answer/{number}/{rank}" for rank in range(1, self.world_size)]
+        # Of two ranks, each knows by then what the other does. Rank 0 may leave with the store after any broadcast, so
+        # it makes sure that the others have read.
+        verdict, read = f"verdict/{number}", [f"read/{number}/{rank}" for rank in range(1, self.world_size)]
+        several = self.world_size > 2
         if self.rank:
             self._notes.wait([f"layout/{number}"], self._limit)
             theirs = self._notes.get(f"layout/{number}").decode()
             self._notes.set(answers[self.rank - 1], own)
             if theirs != own:
                 raise RuntimeError(f"rank 0 sends {theirs}; expected are {own}")
+            if several:
+                self._notes.wait([verdict], self._limit)
+                if objection := self._notes.get(verdict).decode():
+                    raise RuntimeError(objection)
+                self._notes.set(read[self.rank - 1], "")
             return
         self._notes.set(f"layout/{number}", own)
         self._notes.wait(answers, self._limit)
+        objection = ""
         for rank, key in enumerate(answers, 1):
             theirs = self._notes.get(key).decode()
-            if theirs != own:
-                raise RuntimeError(f"rank {rank} expects {theirs}; given are {own}")
-        for key in (f"layout/{number}", *answers):
+            if theirs.startswith(_REFUSAL):
+                objection = f"rank {rank} {theirs}"
+            elif theirs != own:
+                objection = f"rank {rank} expects {theirs}; given are {own}"
+            if objection:
+                break
+        if several:
+            self._notes.set(verdict, objection)
+        if objection:
+            raise RuntimeError(objection)
+        if several:
+            self._notes.wait(read, self._limit)
+        for key in (f"layout/{number}", *answers, *((verdict, *read) if several else ())):
             self._notes.delete_key(key)
+
+    def refuse(self, reason: str) -> None:
+        """Take no part in the next broadcast, which then fails on every rank with this reason. Not for rank 0."""
+        if self._group is None or not self._all_ours:
+            return
+        self._broadcasts += 1
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone, and asks nobody
+            self._notes.set(f"answer/{self._broadcasts}/{self.rank}", f"{_REFUSAL}{reason}")
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Send the tensors from rank 0, or receive them in place on any other rank, in order.
 
         Raises:
-            WeightUpdateError: a rank left or did not answer in time, or expects other tensors.
+            WeightUpdateError: a rank left, refused or did not answer in time, or expects other tensors.
         """
         from torch.distributed import BroadcastOptions
 
@@ -358,12 +392,18 @@ def receive(
 ) -> list[tuple[str, torch.Tensor]]:
     """Receive one tensor a spec from rank 0.
 
+    Where there is no memory for them, rank 0 gets to know, and the allocator's error goes on as it is.
+
     Returns:
         ``(name, tensor)`` pairs on ``device``, in the order of ``specs``.
     """
     import torch
 
     specs = list(specs)
-    tensors = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in specs]
+    try:
+        tensors = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in specs]
+    except (MemoryError, RuntimeError) as error:
+        group.refuse(f"it cannot take the {len(specs)} tensors ({error})")
+        raise
     group.broadcast(tensors)
     return [(spec.name, tensor) for spec, tensor in zip(specs, tensors, strict=True)]

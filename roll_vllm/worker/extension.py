@@ -2,15 +2,17 @@
 
 vLLM refuses an extension that has any name in common with the worker, private names included, and its workers
 gain names with every release; the prefix keeps ours apart from all of them. The one name without it is an attribute
-that vLLM sets on the worker itself, and that a property here receives.
+that vLLM sets on the worker itself, before it starts, and that a property here receives.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from roll_vllm import failure
 from roll_vllm.patches import process
 from roll_vllm.state import WeightsStatus
 
@@ -33,6 +35,32 @@ def meeting_place(method: str | None, environ: Mapping[str, str]) -> str | None:
     return f"file://{directory}/meeting:{method.rpartition(':')[2]}"
 
 
+#: What a worker does until it is up, in all releases and both engine generations.
+_STARTING = (
+    "init_device",
+    "load_model",
+    "determine_available_memory",
+    "determine_num_available_blocks",
+    "initialize_from_config",
+    "initialize_cache",
+    "compile_or_warm_up_model",
+)
+
+
+def tell_of_too_little_memory(worker: Any) -> None:
+    """Let a worker leave word of what ends its start for want of memory: vLLM's executors keep it to themselves."""
+
+    def telling(name: str) -> Any:
+        @functools.wraps(getattr(type(worker), name))
+        def start(*args: Any, **kwargs: Any) -> Any:
+            with failure.out_of_memory_left(os.environ.get(process.VARIABLE)):
+                return getattr(type(worker), name)(worker, *args, **kwargs)  # now, so that a late patch counts
+
+        return start
+
+    vars(worker).update({name: telling(name) for name in _STARTING if hasattr(type(worker), name)})
+
+
 class RollVllmWorkerExtension:
     """Adds two remote calls to a vLLM worker; everything else lives in :class:`WorkerRuntime`."""
 
@@ -45,6 +73,7 @@ class RollVllmWorkerExtension:
     @distributed_init_method.setter
     def distributed_init_method(self, method: str | None) -> None:
         vars(self)["distributed_init_method"] = meeting_place(method, os.environ)
+        tell_of_too_little_memory(self)
 
     def roll_vllm_init(self, initial: str, frontend: int) -> None:
         """Prepare the worker, once.

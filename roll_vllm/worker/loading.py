@@ -100,6 +100,17 @@ class Route:
     targets: list[tuple[torch.Tensor, Write]] = field(default_factory=list)
 
 
+@dataclass
+class _Plan:
+    """What to do with tensors that all go by route; holds them, and parts of the parameters."""
+
+    pairs: NamedTensorList
+    names: frozenset[str]
+    targets: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    constants: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+
+
 class _Recorder(TorchDispatchMode):
     """Notes every write into a parameter's storage, and which incoming tensor it came from."""
 
@@ -189,8 +200,12 @@ class WeightLoader:
 
     def forget(self) -> None:
         """Let go of the tensors that :meth:`load` was given."""
-        #: By the identity of a list that was loaded by route alone: the list, and its copies' targets and sources.
-        self._copies: dict[int, tuple[NamedTensorList, list[torch.Tensor], list[torch.Tensor]]] = {}
+        #: By the identity of a list that was loaded by route alone.
+        self._plans: dict[int, _Plan] = {}
+
+    def knows(self, pairs: NamedTensorList) -> bool:
+        """Whether the very same list was loaded before, by route alone, and is still known to fit."""
+        return id(pairs) in self._plans
 
     def begin(self) -> None:
         """Start a new set: nothing is received yet."""
@@ -212,23 +227,23 @@ class WeightLoader:
         Raises:
             WeightUpdateError: a name, dtype or shape is wrong. ``dirty`` tells whether anything was written.
         """
-        if id(pairs) in self._copies:
-            routed, others = pairs, []
-        else:
+        plan, others = self._plans.get(id(pairs)), []
+        if plan is None:
             wanted = [(name, tensor) for name, tensor in pairs if not self._set_aside(name, tensor)]
             for name, tensor in wanted:
                 self._check(name, tensor)
             routed = [(name, tensor) for name, tensor in wanted if self._trusted(name)]
             others = [(name, tensor) for name, tensor in wanted if not self._trusted(name)]
-            if len(routed) == len(pairs):
-                routed = pairs
-                self._copies[id(pairs)] = (pairs, *self._copies_of(pairs))
+            plan = self._plan(pairs if len(routed) == len(pairs) else routed)
+            if plan.pairs is pairs:
+                self._plans[id(pairs)] = plan
         with torch.no_grad():
-            if routed:
-                self._replay(routed)
+            if plan.pairs:
+                self._replay(plan)
             if others:
                 self._learn(others)
-        self._received.update(name for name, _ in (*routed, *others))
+        self._received.update(plan.names)
+        self._received.update(name for name, _ in others)
 
     def touches_parameters(self, names: Iterable[str]) -> bool:
         """Whether any of the tensors would be written (a tied ``lm_head`` alone would not)."""
@@ -326,26 +341,24 @@ class WeightLoader:
 
     # -- loading ------------------------------------------------------------------------------------------
 
-    def _replay(self, pairs: NamedTensorList) -> None:
-        known = self._copies.get(id(pairs))
-        targets, sources = known[1:] if known else self._copies_of(pairs)
+    def _replay(self, plan: _Plan) -> None:
         self.dirty = True
-        for name, _ in pairs:
-            for target, write in self._routes[name].targets:
-                if write.source is None and write.constant is not None:
-                    target.fill_(write.constant)
-        torch._foreach_copy_(targets, sources)
-        self.replayed += len(pairs)
+        for target, constant in plan.constants:
+            target.fill_(constant)
+        torch._foreach_copy_(plan.targets, plan.sources)
+        self.replayed += len(plan.pairs)
 
-    def _copies_of(self, pairs: NamedTensorList) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        targets, sources = [], []
+    def _plan(self, pairs: NamedTensorList) -> _Plan:
+        plan = _Plan(pairs, frozenset(name for name, _ in pairs))
         for name, tensor in pairs:
             origin = tensor.storage_offset()
             for target, write in self._routes[name].targets:
                 if write.source is not None:
-                    targets.append(target)
-                    sources.append(write.source.view(tensor, origin))
-        return targets, sources
+                    plan.targets.append(target)
+                    plan.sources.append(write.source.view(tensor, origin))
+                elif write.constant is not None:
+                    plan.constants.append((target, write.constant))
+        return plan
 
     def _learn(self, pairs: NamedTensorList) -> None:
         recorder = _Recorder(self._owners, pairs)

@@ -15,6 +15,7 @@ from roll_vllm import backends, versions
 from roll_vllm.errors import (
     ConfigurationError,
     EngineAsleepError,
+    EngineOutOfMemoryError,
     RollVllmError,
     UnsupportedFeatureError,
     WeightUpdateError,
@@ -192,8 +193,9 @@ class WorkerRuntime:
         specs = specs_from(names, dtypes, shapes)
         # Everything is received before anything is judged, so that the sender is never left half-way.
         try:
-            pairs = collective.receive(self._groups[group], specs, self._device)
-        except WeightUpdateError:
+            with out_of_memory_explained("receiving weights"):
+                pairs = collective.receive(self._groups[group], specs, self._device)
+        except (EngineOutOfMemoryError, WeightUpdateError):
             self._groups.pop(group).close()
             raise
         return self._take(pairs, is_lora)
@@ -242,7 +244,8 @@ class WorkerRuntime:
 
     def _load(self, pairs: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
         # A tied head may trail behind the tensor that completed the set; it starts no new one.
-        if not self._loader.touches_parameters([name for name, _ in pairs]):
+        known = self._loader.knows(pairs)  # a sender that shares its memory sends hundreds of tensors again and again
+        if not known and not self._loader.touches_parameters([name for name, _ in pairs]):
             self._loader.load(pairs)
             if self._status is WeightsStatus.COMPLETE:
                 self._loader.check_tied_heads()
@@ -250,7 +253,7 @@ class WorkerRuntime:
         device = self._device
         try:
             with out_of_memory_explained("loading weights"):
-                if any(tensor.device != device for _, tensor in pairs):
+                if not known and any(tensor.device != device for _, tensor in pairs):
                     pairs = [(name, tensor.to(device)) for name, tensor in pairs]
                 self._loader.load(pairs)
         except RollVllmError:

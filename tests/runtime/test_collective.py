@@ -47,6 +47,27 @@ def receive_there(name: str, description: Description) -> dict[str, str]:
     return {tensor_name: checksum(tensor) for tensor_name, tensor in received}
 
 
+def receive_there_without_memory(name: str, description: Description) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory)
+        receive(groups[name], specs_from(**description), torch.device("cpu"))
+
+
+def no_memory(*args: Any, **kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28 bytes")
+
+
+def take_part_there(port: int, name: str, rank: int, refuses: bool) -> None:
+    torch.set_num_threads(1)
+    groups[name] = CollectiveGroup("127.0.0.1", port, rank, 3, name, "gloo", timedelta(seconds=60))
+    for _ in range(2):
+        groups[name].broadcast([torch.zeros(3)])
+    if refuses:
+        groups[name].refuse("no room")
+    else:
+        groups[name].broadcast([torch.zeros(2**22)])
+
+
 def leave_there(name: str) -> None:
     groups.pop(name).close()
 
@@ -241,6 +262,30 @@ def test_sides_that_differ(join: Join, name: str, other_process: ProcessPoolExec
     fails_within(20, lambda: sender.send(tensors[kept]), message)
     fails_within(20, lambda: there.result(60), "failed on rank 1: rank 0 sends [01] tensors.*; expected are 2 tensors")
     other_process.submit(leave_there, name).result(60)
+
+
+def test_a_rank_without_memory(join: Join, name: str, other_process: ProcessPoolExecutor) -> None:
+    sender = join()
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+    there = other_process.submit(receive_there_without_memory, name, CollectiveSender.describe(tensors))
+    message = r"failed on rank 0: rank 1 refused: it cannot take the 2 tensors \(CUDA out of memory.*\). The group is"
+    fails_within(20, lambda: sender.send(tensors), message)
+    with pytest.raises(torch.OutOfMemoryError):
+        there.result(60)
+    other_process.submit(leave_there, name).result(60)
+
+
+def test_nobody_waits_for_a_rank_that_refuses(port: int, name: str, other_process: ProcessPoolExecutor) -> None:
+    """Rank 2 has room, and would wait for tensors that rank 0 does not send."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as third:
+        one = other_process.submit(take_part_there, port, name, 1, True)
+        two = third.submit(take_part_there, port, name, 2, False)
+        fails_within(60, lambda: take_part_there(port, name, 0, False), "failed on rank 0: rank 1 refused: no room")
+        one.result(60)
+        fails_within(20, lambda: two.result(60), "failed on rank 2: rank 1 refused: no room")
+        for process in (third, other_process):
+            process.submit(leave_there, name).result(60)
+    leave_there(name)
 
 
 def test_the_store_listens_at_its_address(join: Join, name: str, port: int, other_process: ProcessPoolExecutor) -> None:

@@ -6,6 +6,7 @@ That the answers agree with the released sources of vLLM and vllm-ascend is test
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import get_args
 
 import pytest
 
-from roll_vllm import backends, devices, reference, versions
+from roll_vllm import backends, devices, environment, reference, versions
 from roll_vllm.backends import BACKENDS, VERIFIED, Backend
 from roll_vllm.errors import ConfigurationError
 
@@ -143,6 +144,21 @@ def test_visibility(name: str, variables: dict[str, str], ray: str) -> None:
 )
 def test_both_names_of_amd_devices_agree(environ: dict[str, str], expected: dict[str, str]) -> None:
     assert BACKENDS["rocm"].worker_environment("0.12.0", environ) == expected
+
+
+def test_gpus_named_by_uuid_reach_vllm_by_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU-aa, H100, 81559'\necho 'GPU-bb, H100, 81559'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    environ = {"CUDA_VISIBLE_DEVICES": "GPU-bb,GPU-aa"}
+    expected = {"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert BACKENDS["cuda"].worker_environment("0.12.0", environ) == expected
+    computed = environment.worker_environment(
+        worker_name="w", device_kind="cuda", vllm_version="0.8.4", port=None, environ={"HOME": "/x", **environ}
+    )
+    assert expected.items() <= computed.items()
+    assert BACKENDS["cuda"].worker_environment("0.12.0", {"CUDA_VISIBLE_DEVICES": "1,0"}) == {}
 
 
 @pytest.mark.parametrize(

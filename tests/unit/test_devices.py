@@ -199,6 +199,64 @@ def test_visible_gpus_that_do_not_exist(nvidia: Host, visible: str) -> None:
     assert f"CUDA_VISIBLE_DEVICES={visible!r} shows 0 of 3" in str(caught.value)
 
 
+def indices(host: Host, visible: str) -> dict[str, str]:
+    environ = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    return devices.by_index(environ, host.probe())
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("GPU-bbbb3333-0000-0000-0000-000000000000", "2"),
+        ("GPU-BBBB3", "2"),
+        (" GPU-bbbb3 , GPU-aaaa,", "2,0"),
+    ],
+)
+def test_gpus_named_by_uuid_have_an_index(nvidia: Host, visible: str, expected: str) -> None:
+    assert indices(nvidia, visible) == {"CUDA_VISIBLE_DEVICES": expected, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def test_gpus_named_by_uuid_have_an_index_without_the_tool(host: Host) -> None:
+    for minor, address in enumerate(("0000:c1:00.0", "0000:0a:00.0")):
+        facts = f"GPU UUID: \t GPU-{minor}{minor}\nDevice Minor: \t {minor}\n"
+        host.write(f"proc/driver/nvidia/gpus/{address}/information", facts)
+        host.write(f"dev/nvidia{minor}")
+    assert indices(host, "GPU-00")["CUDA_VISIBLE_DEVICES"] == "1", "it is the second on the bus"
+
+
+@pytest.mark.parametrize("visible", ["", " ", "0", "2,0", "-1", "0,-1,1", "0,"])
+def test_gpus_that_are_not_named_by_uuid_stay_as_they_are(nvidia: Host, visible: str) -> None:
+    assert indices(nvidia, visible) == devices.by_index({}, nvidia.probe()) == {}
+    assert nvidia.commands == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [
+        ("GPU-aaaa,GPU-ffff", "GPU-ffff names no GPU of this machine, which has 0: GPU-aaaa1111-.*, 2: GPU-bbbb3333-"),
+        ("nonsense", "nonsense names no GPU"),
+        ("GPU-bbbb", "GPU-bbbb names several GPUs"),
+        ("GPU-aaaa,GPU-AAAA1", "GPU-AAAA1 names a GPU twice"),
+        ("GPU-aaaa,1", "both by index and by UUID"),
+        ("MIG-12345678-0000-0000-0000-000000000000", "MIG-12345678-.* is a part of a GPU"),
+    ],
+)
+def test_names_of_gpus_that_vllm_cannot_be_told(nvidia: Host, visible: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        indices(nvidia, visible)
+    assert f"CUDA_VISIBLE_DEVICES={visible!r}" in str(caught.value)
+
+
+def test_a_uuid_on_a_machine_without_gpus(host: Host) -> None:
+    with pytest.raises(ConfigurationError, match="no GPU of this machine, which has none"):
+        indices(host, "GPU-aaaa")
+
+
+def test_a_uuid_of_no_gpu_is_answered_with_those_that_there_are(nvidia: Host) -> None:
+    reason = nvidia.detect("auto", {"CUDA_VISIBLE_DEVICES": "GPU-ffff"}).reason
+    assert "CUDA_VISIBLE_DEVICES='GPU-ffff' shows 0 of 3 (0: GPU-aaaa1111-" in reason
+
+
 @pytest.mark.parametrize("requested", ["auto", "rocm"])
 def test_rocm_simulated(amd: Host, requested: str) -> None:
     device = amd.detect(requested)
