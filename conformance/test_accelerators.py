@@ -178,7 +178,9 @@ async def test_scales_survive(
     await logprobs()  # the first forward pass calibrates
     before, right = await logprobs(), await scales()
     assert right, "this engine has no scales"
-    assert all(right[name] != untouched[name] for name in right), "some scales are the usual ones, and prove nothing"
+    changed = {name for name in right if right[name] != untouched[name]}
+    for suffix in ("k_scale", "v_scale"):
+        assert any(name.endswith(suffix) for name in changed), f"every {suffix} is the usual one, which proves nothing"
     for level in (1, 2):
         for tags in ([None], [["weights"], ["kv_cache"]]):
             await engine.offload_states(level)

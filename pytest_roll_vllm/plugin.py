@@ -108,10 +108,24 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return result
 
 
-@pytest.hookimpl(trylast=True)  # after everything that can still note something
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not options.is_worker(session.config) and report.runs_tests(session.config):
-        session.config.stash[report.RECORDER].finish(session)
+@pytest.hookimpl(wrapper=True, trylast=True)  # after everything that can still note something, even if it raises
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    config = session.config
+    reports = not options.is_worker(config) and report.runs_tests(config)
+    try:
+        result = yield
+    except BaseException as error:
+        # pytest's own teardown raises after Ctrl-C in the setup of a test with tmp_path, and anybody's can.
+        if reports:
+            config.stash[report.RECORDER].finish(session, error)
+            reporter = config.pluginmanager.getplugin("terminalreporter")
+            if reporter:  # which makes no summary now
+                reporter.ensure_newline()
+                terminal.summarize(reporter)
+        raise
+    if reports:
+        config.stash[report.RECORDER].finish(session)
+    return result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -285,8 +285,18 @@ class Recorder:
         for run in self.runs.values():
             run.select(contracts, selected)
 
-    def finish(self, session: pytest.Session) -> None:
-        """Settle the exit status, and write the report."""
+    def finish(self, session: pytest.Session, error: BaseException | None = None) -> None:
+        """Settle the exit status, and write the report.
+
+        Args:
+            session: that ends.
+            error: What kept others from finishing it, if anything did; the report is incomplete then.
+        """
+        if error is not None:
+            what = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+            interrupted = "was interrupted and " if session.exitstatus == pytest.ExitCode.INTERRUPTED else ""
+            for run in self.runs.values():
+                run.problem = run.problem or f"the session {interrupted}could not be finished: {what}"
         self._share_selection()
         for run in self.runs.values():
             if not run.label:

@@ -19,7 +19,7 @@ _NAME = "failure"
 #: What vLLM, torch and Python say where a start lacks memory.
 _OUT_OF_MEMORY_SIGNS = (
     "out of memory",
-    "allocate memory",  # torch's CPU allocator
+    "can't allocate memory",  # torch's CPU allocator
     "No available memory",
     "MemoryError",
     "less than desired GPU memory",

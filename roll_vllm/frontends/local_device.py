@@ -114,6 +114,8 @@ def release_pool(asleep: Collection[str]) -> None:
     if pool is None:
         return
     entries = dict(pool.pointer_to_data)
+    # vLLM keeps rotary embeddings for the next model of the same shape, and their tables lie in the pool.
+    getattr(sys.modules.get("vllm.model_executor.layers.rotary_embedding"), "_ROPE_DICT", {}).clear()
     _empty_tensors((address, int(entry.handle[1])) for address, entry in entries.items())
     # torch's pools keep the addresses, without memory behind them, and must never end: torch would free each address
     # by a callback that knows it no more (and that 0.8.4 lets go of), or abort the process where a tensor is left.

@@ -378,7 +378,7 @@ def out_of_memory_explained(action: str) -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError) as error:
         # The CPU allocator raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory").
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise EngineOutOfMemoryError(f"out of memory while {action} ({error}): {OUT_OF_MEMORY_REMEDY}") from error
 

@@ -6,6 +6,7 @@ honest extension.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -78,13 +79,16 @@ def _leave_a_child_behind() -> None:
     subprocess.Popen(["sleep", "60"])
 
 
-def skip_one_tensor(runtime: Any) -> Sequence[Any]:
-    """One tensor of every replayed update stays as it was."""
+def replaying(runtime: Any, change: Callable[[Any], Any]) -> Sequence[Any]:
+    """What goes by route is what ``change`` makes of the pairs that were sent."""
     loader = runtime._loader
     replay = loader._replay
-    return [
-        patch.object(loader, "_replay", lambda pairs: replay([p for p in pairs if "layers.1.mlp.down" not in p[0]]))
-    ]
+    return [patch.object(loader, "_replay", lambda plan: replay(loader._plan(change(plan.pairs))))]
+
+
+def skip_one_tensor(runtime: Any) -> Sequence[Any]:
+    """One tensor of every replayed update stays as it was."""
+    return replaying(runtime, lambda pairs: [pair for pair in pairs if "layers.1.mlp.down" not in pair[0]])
 
 
 def swap_gate_and_up(runtime: Any) -> Sequence[Any]:
@@ -101,22 +105,18 @@ def swap_gate_and_up(runtime: Any) -> Sequence[Any]:
 
 def add_instead_of_copy(runtime: Any) -> Sequence[Any]:
     """Each further load adds a little of what was there before."""
-    loader = runtime._loader
-    replay = loader._replay
+    loads = itertools.count()
 
-    def adding(pairs: Any) -> None:
-        replay([(name, tensor + 0.001 * loader.loads) for name, tensor in pairs])
-        loader.loads += 1
+    def adding(pairs: Any) -> Any:
+        more = 0.001 * next(loads)
+        return [(name, tensor + more) for name, tensor in pairs]
 
-    loader.loads = 0
-    return [patch.object(loader, "_replay", adding)]
+    return replaying(runtime, adding)
 
 
 def round_the_weights(runtime: Any) -> Sequence[Any]:
     """Weights arrive a little off, as after a wrong cast."""
-    loader = runtime._loader
-    replay = loader._replay
-    return [patch.object(loader, "_replay", lambda pairs: replay([(name, tensor * 1.02) for name, tensor in pairs]))]
+    return replaying(runtime, lambda pairs: [(name, tensor * 1.02) for name, tensor in pairs])
 
 
 def ignore_unknown_names(runtime: Any) -> Sequence[Any]:
@@ -134,12 +134,12 @@ def lose_updates_while_asleep(runtime: Any) -> Sequence[Any]:
     """An update that finds the engine asleep is acknowledged and forgotten."""
     loader, memory = runtime._loader, runtime._memory
     replay = loader._replay
-    return [patch.object(loader, "_replay", lambda pairs: None if memory.sleeping else replay(pairs))]
+    return [patch.object(loader, "_replay", lambda plan: None if memory.sleeping else replay(plan))]
 
 
 def skip_updates_on_one_rank(runtime: Any) -> Sequence[Any]:
     """The last rank acknowledges every update and keeps its weights."""
-    return [patch.object(runtime._loader, "_replay", lambda pairs: None)] if runtime._worker.rank == 1 else []
+    return [patch.object(runtime._loader, "_replay", lambda plan: None)] if runtime._worker.rank == 1 else []
 
 
 def acknowledge_early_on_one_rank(runtime: Any) -> Sequence[Any]:
@@ -148,8 +148,8 @@ def acknowledge_early_on_one_rank(runtime: Any) -> Sequence[Any]:
     replay, finish = loader._replay, loader.finish
 
     def finishing() -> None:
-        for pairs in late:
-            replay(pairs)
+        for plan in late:
+            replay(plan)
         late.clear()
         finish()
 
@@ -279,9 +279,7 @@ def try_a_forward_pass_while_asleep(runtime: Any) -> Sequence[Any]:
 
 def keep_one_expert(runtime: Any) -> Sequence[Any]:
     """One of the experts of every layer stays as it was."""
-    loader = runtime._loader
-    replay = loader._replay
-    return [patch.object(loader, "_replay", lambda pairs: replay([p for p in pairs if ".experts.2." not in p[0]]))]
+    return replaying(runtime, lambda pairs: [pair for pair in pairs if ".experts.2." not in pair[0]])
 
 
 def swap_gate_and_up_of_experts(runtime: Any) -> Sequence[Any]:

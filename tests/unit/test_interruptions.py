@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,42 @@ def test_handler():
         installed.run(source=source).assert_outcomes(passed=1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+UNFINISHED = {
+    # Without a report of its setup, pytest cannot tear tmp_path down.
+    "Ctrl-C in setup": ("tmp_path", "raise KeyboardInterrupt", "", "", "KeyError: <_pytest.stash.StashKey *"),
+    "Ctrl-C twice": ("device", "raise KeyboardInterrupt", "raise KeyboardInterrupt", "", "KeyboardInterrupt"),
+    "two errors": (
+        "tmp_path", "raise KeyboardInterrupt", "raise OSError('stuck')", "", "ExceptionGroup: errors * (2 *"
+    ),
+    "no Ctrl-C": ("device", "", "", "def pytest_sessionfinish(): raise OSError('a\\nb')", "OSError: a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNFINISHED)
+def test_a_session_that_cannot_be_finished(installed: Inner, what: str) -> None:
+    """There is a report although a teardown raises when the session ends, and what it raises is not hidden."""
+    needs, setup, teardown, conftest, error = UNFINISHED[what]
+    stuck = f"""
+@pytest.fixture
+def stuck({needs}):
+    {setup or "pass"}
+"""
+    source = SOURCE.format(wait="pass").replace("def test_wait():", "def test_wait(stuck):") + stuck
+    installed.pytester.makepyfile(source.replace(".touch()", f".touch(); {teardown}"))
+    installed.pytester.makeconftest(conftest)
+    result = installed.pytester.runpytest_subprocess("-p", PLUGIN, "--vllm-report=out")
+    assert result.ret != pytest.ExitCode.OK
+    result.stderr.fnmatch_lines(["*Traceback*", f"*{error}*"])
+    interrupted = "was interrupted and " if setup else ""
+    problem = f"the session {interrupted}could not be finished: {error}"
+    result.stdout.fnmatch_lines([f"COULD NOT RUN: {problem}", "report: */out/report.json, report.md, report.html"])
+    ended = "could not run" if setup else "passed"
+    assert outcomes() == {"a-pass": "passed", "b-fail": "failed", "c-wait": ended, "d-later": ended}
+    assert fnmatchcase(json.loads(Path("out/report.json").read_text())["problem"], problem)
+    assert "could not be finished: " in Path("out/report.md").read_text()
+    assert Path("released").exists()
 
 
 UNWRITTEN = {
