@@ -114,14 +114,17 @@ def _runtime() -> _Runtime | None:
 
 def shareable(device: torch.device) -> bool:
     """Whether memory of the device can be shared with other processes by this module."""
-    return device.type == "cuda" and _runtime() is not None
+    return device.type == "cuda" and _runtime() is not None and bool(identity(device))
 
 
 def identity(device: torch.device) -> str:
-    """What names the device in every process of the host, however each numbers its devices; empty for a CPU."""
+    """What names the device in every process of the host, however each numbers its devices.
+
+    Empty for a CPU, and where torch does not know.
+    """
     import torch
 
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
 
 
 class _Pointer:
