@@ -18,10 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from roll_vllm.errors import EngineDiedError
+from roll_vllm.worker.memory import POOL_MODULE, vllm_pool
 
 logger = logging.getLogger(__name__)
-
-_POOL_MODULE = "vllm.device_allocator.cumem"
 
 
 class Gate:
@@ -100,7 +99,7 @@ def end_start() -> None:
 
 def pool_bytes() -> int:
     """Bytes that vLLM's pool has in this process, asleep or not."""
-    pool = _pool()
+    pool = vllm_pool()
     return int(pool.get_current_usage()) if pool is not None else 0
 
 
@@ -110,7 +109,7 @@ def release_pool(asleep: Collection[str]) -> None:
     Args:
         asleep: the tags whose memory is given back already.
     """
-    pool = _pool()
+    pool = vllm_pool()
     if pool is None:
         return
     entries = dict(pool.pointer_to_data)
@@ -128,7 +127,7 @@ def release_pool(asleep: Collection[str]) -> None:
         if entry.tag in asleep:
             continue
         try:
-            sys.modules[_POOL_MODULE].unmap_and_release(entry.handle)
+            sys.modules[POOL_MODULE].unmap_and_release(entry.handle)
         except RuntimeError as error:
             refused.append(str(error))
     if refused:
@@ -138,12 +137,6 @@ def release_pool(asleep: Collection[str]) -> None:
             len(entries),
             refused[0],
         )
-
-
-def _pool() -> Any:
-    """This process's pool, if it is vLLM's own (NPUs have another)."""
-    module = sys.modules.get(_POOL_MODULE)
-    return module.CuMemAllocator.instance if module else None
 
 
 def _empty_tensors(blocks: Iterable[tuple[int, int]]) -> None:

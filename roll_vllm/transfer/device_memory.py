@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, WeightUpdateError
+from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, ConfigurationError, EngineOutOfMemoryError, WeightUpdateError
 from roll_vllm.transfer import shared_memory
 from roll_vllm.transfer.manifest import shown
 
@@ -31,6 +31,7 @@ _HANDLE_BYTES = 64
 _GRANULE = 2 * 2**20  # bytes; smaller allocations share a block with others, and a handle opens all of it
 _LAZY_PEER_ACCESS = 1
 _OUT_OF_MEMORY = 2
+_HOST = "send through the host's memory, with BucketSender(via_host=True)"
 
 
 class DeviceMemoryError(RuntimeError):
@@ -166,7 +167,7 @@ class DeviceSegment:
 
     Raises:
         EngineOutOfMemoryError: the device has no room for it.
-        ConfigurationError: the file cannot be made.
+        ConfigurationError: the file cannot be made, or the device shares no memory.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -176,7 +177,10 @@ class DeviceSegment:
         assert runtime is not None, "ask shareable() first"
         self.memory = _allocate(runtime, size, device)
         with _on(device):
-            handle = runtime.export(self.memory.data_ptr())
+            try:
+                handle = runtime.export(self.memory.data_ptr())
+            except DeviceMemoryError as error:
+                raise ConfigurationError(f"{device} shares no memory between processes ({error}): {_HOST}") from error
         note = json.dumps({"device": identity(self.memory.device), "handle": handle.hex()}).encode()
         self._file = shared_memory.Segment(_NOTE_BYTES)
         self._file.memory.copy_(torch.frombuffer(bytearray(note.ljust(_NOTE_BYTES)), dtype=torch.uint8))
@@ -209,7 +213,7 @@ def _allocate(runtime: _Runtime, size: int, device: torch.device) -> torch.Tenso
                 pointer = runtime.allocate(whole)
             except DeviceMemoryError as error:
                 if error.code != _OUT_OF_MEMORY:
-                    raise
+                    raise ConfigurationError(f"{device} gives no memory to share ({error}): {_HOST}") from error
                 torch.cuda.empty_cache()  # what torch keeps for later is no use to anybody else
                 pointer = runtime.allocate(whole)
         except DeviceMemoryError as error:
@@ -258,13 +262,13 @@ def attach(path: str, size: int, device: torch.device) -> torch.Tensor:
         except DeviceMemoryError as error:
             raise WeightUpdateError(
                 f"cannot map the sender's device memory ({error}): keep the sender open until the engine has confirmed "
-                "the update, and run both on one host; BucketSender(via_host=True) goes through host memory"
+                f"the update, and run both on one host; or {_HOST}"
             ) from error
         try:
             length = runtime.size(pointer)
-        except DeviceMemoryError:
+        except DeviceMemoryError as error:
             runtime.close(pointer)
-            raise
+            raise WeightUpdateError(f"cannot tell how long the sender's memory is ({error}): {_HOST}") from error
         return _long_enough(path, _tensor(pointer, length, device, runtime.close), size)
 
 

@@ -42,7 +42,7 @@ SLEEP_COPIES = ("on-demand", "prepared", "vllm")
 #: Threads that fault in and lock pages at once, at most.
 _MOST_THREADS = 16
 
-_POOL_MODULE = "vllm.device_allocator.cumem"
+POOL_MODULE = "vllm.device_allocator.cumem"
 
 #: The tag of an allocation that vLLM's pool shall not copy, because it is copied already.
 _COPIED = "roll_vllm_copied"
@@ -207,7 +207,7 @@ class PoolMemory:
         import torch
 
         started = time.monotonic()
-        copy = sys.modules[_POOL_MODULE].libcudart.cudaMemcpy
+        copy = sys.modules[POOL_MODULE].libcudart.cudaMemcpy
         weights = _weights()
         copied: list[Any] = []
         torch.get_device_module(self._worker.device.type).synchronize(self._worker.device)
@@ -285,15 +285,15 @@ class PoolMemory:
             )
 
 
-def _pool() -> Any:
+def vllm_pool() -> Any:
     """This process's pool, if it is vLLM's own (NPUs have another)."""
-    module = sys.modules.get(_POOL_MODULE)
+    module = sys.modules.get(POOL_MODULE)
     return module.CuMemAllocator.instance if module else None
 
 
 def _pool_bytes() -> dict[str, int]:
     """Bytes in this process's pool by tag, asleep or not; empty without vLLM's own pool."""
-    pool = _pool()
+    pool = vllm_pool()
     if pool is None:
         return {}
     sizes = dict.fromkeys(TAGS, 0)
@@ -305,7 +305,7 @@ def _pool_bytes() -> dict[str, int]:
 
 def _weights() -> list[tuple[int, Any, int]]:
     """Address, entry and bytes of each allocation of the weights in this process's pool."""
-    entries = _pool().pointer_to_data.items()
+    entries = vllm_pool().pointer_to_data.items()
     return [(address, entry, int(entry.handle[1])) for address, entry in entries if entry.tag == "weights"]
 
 
@@ -333,7 +333,7 @@ def _host_copies(worker: Any) -> HostCopies | None:
     import torch
 
     # Not on ROCm, which has the same calls, but where nobody has tried them.
-    if torch.version.cuda is None or _pool() is None or not sys.modules[_POOL_MODULE].is_pin_memory_available():
+    if torch.version.cuda is None or vllm_pool() is None or not sys.modules[POOL_MODULE].is_pin_memory_available():
         return None
     neighbours = int(getattr(worker.parallel_config, "world_size", 1))
     threads = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // neighbours))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,22 @@ def test_cpus_share_no_device_memory() -> None:
     assert device_memory.identity(CPU) == ""
     with pytest.raises(ConfigurationError, match="only CPU tensors can be shared"):
         BucketSender(via_host=True).share({"w": torch.ones(4, device="meta")})
+
+
+@pytest.mark.parametrize(("failing", "text"), [("open", "cannot map the sender's"), ("size", "cannot tell how long")])
+def test_what_the_runtime_refuses_is_explained(monkeypatch: pytest.MonkeyPatch, failing: str, text: str) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise device_memory.DeviceMemoryError("cudaCall", 1, "invalid argument")
+
+    closed: list[int] = []
+    calls = {"open": lambda handle: 7, "size": refuse, "close": closed.append, failing: refuse}
+    monkeypatch.setattr(device_memory, "_runtime", lambda: SimpleNamespace(**calls))
+    monkeypatch.setattr(device_memory, "_on", nullcontext)
+    monkeypatch.setattr(device_memory, "identity", lambda device: "1f0a")
+    segment = note(json.dumps({"device": "1f0a", "handle": "00" * 64}).encode())
+    with pytest.raises(WeightUpdateError, match=rf"{text} .*invalid argument \(1\).*via_host=True"):
+        device_memory.attach(str(segment.path), 16, torch.device("cuda", 0))
+    assert closed == ([7] if failing == "size" else [])
 
 
 @pytest.fixture
