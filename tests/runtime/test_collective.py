@@ -11,8 +11,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from roll_vllm import CollectiveSender
+from roll_vllm.environment import free_port
 from roll_vllm.errors import ConfigurationError, WeightUpdateError
 from roll_vllm.transfer import collective
 from roll_vllm.transfer.collective import CollectiveGroup, receive, timeout
@@ -166,17 +167,20 @@ def test_the_default_group_is_left_alone(join: Join, name: str, other_process: P
     assert other_process.submit(tidy_there).result(60) == (False, 0)
 
 
-def send_and_leave(ports: list[int], name: str, sends: bool) -> None:
+def send_and_leave(ports: Connection, name: str, sends: bool) -> None:
     """One end of groups of two that end as soon as their tensors are over, in a process that switches threads often."""
     sys.setswitchinterval(1e-5)
     torch.set_num_threads(1)
-    for number, port in enumerate(ports):
+    for number in range(100):
         if sends:
-            sender = CollectiveSender("127.0.0.1", port, 2, f"{name}-{number}")
+            ports.send(free_port())
+            sender = CollectiveSender("127.0.0.1", ports.recv(), 2, f"{name}-{number}")
             for _ in range(2):
                 sender.send({str(place): torch.full((3,), place) for place in range(8)})
             sender.close()
         else:
+            port = ports.recv()
+            ports.send(port)
             group = CollectiveGroup("127.0.0.1", port, 1, 2, f"{name}-{number}", "gloo")
             for _ in range(2):
                 group.broadcast([torch.empty(3, dtype=torch.int64) for _ in range(8)])
@@ -185,19 +189,53 @@ def send_and_leave(ports: list[int], name: str, sends: bool) -> None:
 
 def test_leaving_waits_for_nobody(name: str) -> None:
     """Threads of torch 2.6 want the interpreter's lock when a group goes, and waited for it for ever."""
-    with ExitStack() as stack:  # held together, so that they are different ones
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(100)]
-        ports = [probe.getsockname()[1] for probe in probes]
     spawn = multiprocessing.get_context("spawn")
-    ends = [spawn.Process(target=send_and_leave, args=(ports, name, sends), daemon=True) for sends in (True, False)]
+    ports = zip(spawn.Pipe(), (True, False), strict=True)
+    ends = [spawn.Process(target=send_and_leave, args=(port, name, sends), daemon=True) for port, sends in ports]
     for end in ends:
         end.start()
     for end in ends:
-        end.join(120)
+        end.join(240)  # of which torch may have to wait for a resolver several times
     stuck = [end for end in ends if end.exitcode is None]
     for end in stuck:
         end.kill()
     assert [end.exitcode for end in ends] == [0, 0]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_late_rank_goes_by_what_the_other_found(
+    port: int, name: str, late: int, other_process: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waited for an agreement that the other, who had given up waiting for its note, knew nothing of."""
+    monkeypatch.setattr(collective, "_NOTES_S", 0.2 if late else 60)
+    monkeypatch.setattr(CollectiveGroup, "_compare", arriving(0.0 if late else 2))
+    there = other_process.submit(join_there_late, port, name, 60 if late else 0.2, 2 if late else 0.0)
+    sender = CollectiveSender("127.0.0.1", port, 2, name)
+    there.result(60)
+    tensors = {"a": torch.arange(5.0)}
+    received = other_process.submit(receive_there, name, CollectiveSender.describe(tensors))
+    sender.send(tensors)
+    assert received.result(20) == {"a": checksum(tensors["a"])}
+    sender.close()
+    other_process.submit(leave_there, name).result(60)
+
+
+def arriving(seconds: float) -> Callable[[CollectiveGroup, str], bool]:
+    """A comparison that begins only then."""
+    compare = CollectiveGroup._compare
+
+    def late(group: CollectiveGroup, backend: str) -> bool:
+        time.sleep(seconds)
+        return compare(group, backend)
+
+    return late
+
+
+def join_there_late(port: int, name: str, patience: float, seconds: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collective, "_NOTES_S", patience)
+        patch.setattr(CollectiveGroup, "_compare", arriving(seconds))
+        join_there(port, 2, name)
 
 
 # --- together --------------------------------------------------------------------------------------------
