@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from conformance.oracles import assert_holds, assert_says, ended, memory_held, memory_withheld, pids
+from conformance.trainer import STAGES
 from pytest_roll_vllm.contracts import contract
 from pytest_roll_vllm.engines import EngineHandle
 from pytest_roll_vllm.models import Model
@@ -93,24 +95,37 @@ async def test_world_sizes_differ(
 
 @hang
 @pytest.mark.vllm_generation("V1")
-async def test_trainer_is_killed(vllm_engine: EngineHandle, vllm_trainer: Trainer, group: dict[str, Any]) -> None:
-    """After it has joined, while the engine waits for its tensors."""
-    command = [sys.executable, "-m", "conformance.trainer", str(group["master_port"]), "2", group["group_name"]]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+@pytest.mark.parametrize("stage", STAGES)
+async def test_trainer_is_killed(
+    vllm_engine: EngineHandle, vllm_trainer: Trainer, group: dict[str, Any], stage: str
+) -> None:
+    """While the engine waits: for the handshake, for what will be sent, or for the tensors themselves."""
     weights = vllm_trainer.weights(vllm_trainer.reference_version + 1)
+    description = CollectiveSender.describe(weights)
+    layout = json.dumps(list(zip(description["dtypes"], description["shapes"], strict=True)))
+    arguments = [stage, str(group["master_port"]), "2", group["group_name"], layout]
+    command = [sys.executable, "-m", "conformance.trainer", *arguments]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # The trainer has time enough, and so has the engine: it is the trainer's end that must be noticed.
+    environ["ROLL_VLLM_COLLECTIVE_TIMEOUT"] = "60"
+
+    async def serve() -> None:
+        await vllm_engine.setup_collective_group(rank_offset=1, world_size=2, **group)
+        await vllm_engine.broadcast_parameter(**description, group_name=group["group_name"])
+
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as trainer:
         try:
-            await vllm_engine.setup_collective_group(rank_offset=1, world_size=2, **group)
+            call = asyncio.ensure_future(serve())
             assert trainer.stdout is not None
-            said = await asyncio.to_thread(lambda lines: "joined\n" in lines, trainer.stdout)  # gloo speaks there, too
-            assert said, "the trainer ended before it had joined; what it wrote to stderr is above"
-            description = CollectiveSender.describe(weights)
-            call = asyncio.ensure_future(vllm_engine.broadcast_parameter(**description, group_name=group["group_name"]))
+            # gloo writes there, too
+            said = await asyncio.to_thread(lambda lines: f"{stage}\n" in lines, trainer.stdout)
+            assert said, f"the trainer ended before it was where it is to be killed ({stage}); see its stderr above"
             await asyncio.sleep(0.5)
-            assert not call.done()
+            assert not call.done(), f"the engine did not wait: {call}"
         finally:
             trainer.kill()
-        await assert_fail([call], WeightUpdateError, "failed on rank 1")
+        message = "could not join" if stage == "listens" else "failed on rank 1"
+        await assert_fail([call], WeightUpdateError, message)
     assert (await vllm_engine.state()).weights is WeightsStatus.COMPLETE, "nothing had been written"
     await assert_usable(vllm_engine, vllm_trainer)
 
