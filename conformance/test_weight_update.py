@@ -251,6 +251,25 @@ async def test_version_counts_updates(vllm_engine: EngineHandle, vllm_trainer: T
 
 
 @fail_closed
+async def test_nothing_is_written_beside_a_cache_in_use(
+    vllm_engine: EngineHandle, vllm_trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_: Any, **__: Any) -> bool:
+        return False
+
+    version, sums = vllm_engine.weight_version, await vllm_engine.checksums()
+    monkeypatch.setattr(vllm_engine.engine, "_reset_prefix_cache", refused)
+    with pytest.raises(WeightUpdateError, match="prefix cache could not be emptied"):
+        await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version + 1)
+    monkeypatch.undo()
+    assert await vllm_engine.checksums() == sums
+    assert vllm_engine.weight_version == version
+    assert (await vllm_engine.state()).weights is WeightsStatus.COMPLETE
+    await vllm_trainer.push(vllm_engine, vllm_trainer.reference_version + 1)
+    await assert_holds(vllm_engine, vllm_trainer, vllm_trainer.reference_version + 1)
+
+
+@fail_closed
 @pytest.mark.parametrize("failure", ["shape", "dtype", "exception", "incomplete"])
 async def test_failed_update_refuses_generation(vllm_engine: EngineHandle, vllm_trainer: Trainer, failure: str) -> None:
     import torch

@@ -24,7 +24,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from roll_vllm import errors
+from roll_vllm import failure
 from roll_vllm.admission import AbortedWhileWaiting, AdmissionGate
 from roll_vllm.errors import ConfigurationError, EngineDiedError, RollVllmError, WeightUpdateError
 from roll_vllm.patches import process
@@ -515,11 +515,7 @@ class RolloutEngine(ABC):
     async def _workers(self, method: str, *args: Any) -> list[Any]:
         """Call a method of every worker's runtime; one value a rank, or one typed error naming the rank."""
         answers = await self.collective_rpc("roll_vllm_call", args=(method, list(args)))
-        for answer in answers:
-            if "error" in answer:
-                kind: type[RollVllmError] = getattr(errors, answer["error"])
-                raise kind(f"{answer['message']} [rank {answer['rank']}]")
-        return [answer["value"] for answer in answers]
+        return failure.values(answers)
 
     async def custom_init_worker(self) -> None:
         """Prepare the workers; done by ``create_async_llm``, harmless when repeated."""
@@ -650,9 +646,11 @@ class RolloutEngine(ABC):
             raise ConfigurationError(f"tags must be a list of {', '.join(TAGS)}, got {tags!r}")
         async with self._control, self._gate.closed():
             try:
-                await self._workers("wake", None if tags is None else list(tags))
-            finally:
+                reports = await self._workers("wake", None if tags is None else list(tags))
+            except BaseException:
                 self._note(await self._workers("state"))
+                raise
+            self._note(reports)
 
     async def sleep(self, level: int = 1) -> None:
         """vLLM's name for :meth:`offload_states`."""
@@ -915,9 +913,17 @@ class RolloutEngine(ABC):
 
     async def _begin_update(self, running: str) -> None:
         await self._quiesce(running)
-        # Before anything is written: nobody can fill the cache again until the set is complete.
-        await self._drop_prefix_cache()
-        self._note(await self._workers("begin_update"))
+        # Before anything is written: nobody can fill the cache again until the set is complete. The workers get ready
+        # meanwhile, since either call takes its time to the engine core and back.
+        begun, dropped = await asyncio.gather(
+            self._workers("begin_update"), self._drop_prefix_cache(), return_exceptions=True
+        )
+        if isinstance(begun, BaseException):
+            raise begun
+        if isinstance(dropped, BaseException):
+            await self._abandon_update(dropped)
+            raise dropped
+        self._note(begun)
 
     def _commit_update(self, reports: Sequence[Mapping[str, Any]]) -> None:
         self._implicit_open = False

@@ -1,6 +1,7 @@
-"""How a process of an engine tells the frontend what ended it: a file in the directory that the engine has anyway.
+"""How a process of an engine tells the frontend what went wrong: in its answer to a call, or where it ends, in a file.
 
-vLLM's engine core ends with "see stack trace above" for its parent, whatever the reason was.
+The file lies in the directory that the engine has anyway: vLLM's engine core ends with "see stack trace above" for its
+parent, whatever the reason was.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from roll_vllm import errors
 from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineOutOfMemoryError, RollVllmError
@@ -75,3 +77,18 @@ def read(directory: str | os.PathLike[str] | None) -> RollVllmError | None:
         return None
     kind: type[RollVllmError] = getattr(errors, content["error"], RollVllmError)
     return kind(content["message"])
+
+
+def values(answers: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What the workers' runtimes answered, one value a rank.
+
+    Raises:
+        RollVllmError: one rank's error, of its own type. A rank without memory takes part in nothing, which the others
+            only see as a call that came to nothing: so its error before theirs, otherwise that of the first rank.
+    """
+    failed = [answer for answer in answers if "error" in answer]
+    if failed:
+        cause = next((each for each in failed if each["error"] == EngineOutOfMemoryError.__name__), failed[0])
+        kind: type[RollVllmError] = getattr(errors, cause["error"])
+        raise kind(f"{cause['message']} [rank {cause['rank']}]")
+    return [answer["value"] for answer in answers]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from roll_vllm import failure
-from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineDiedError, EngineOutOfMemoryError
+from roll_vllm.errors import OUT_OF_MEMORY_REMEDY, EngineDiedError, EngineOutOfMemoryError, WeightUpdateError
 
 
 class OutOfMemoryError(RuntimeError):
@@ -62,3 +62,17 @@ def test_our_own_error_is_kept() -> None:
 def test_without_a_directory_the_error_goes_on(directory: str | None) -> None:
     with pytest.raises(MemoryError), failure.out_of_memory_left(directory):
         raise MemoryError
+
+
+def test_every_rank_answers() -> None:
+    assert failure.values([{"value": 3}, {"value": None}]) == [3, None]
+
+
+def test_the_rank_that_lacks_memory_is_the_cause() -> None:
+    """The others only see that a call came to nothing."""
+    lost = {"error": "WeightUpdateError", "message": "rank 2 refused", "rank": 0}
+    lacking = {"error": "EngineOutOfMemoryError", "message": "out of memory", "rank": 1}
+    with pytest.raises(EngineOutOfMemoryError, match=r"out of memory \[rank 1\]"):
+        failure.values([lost, lacking, {"value": 1}])
+    with pytest.raises(WeightUpdateError, match=r"rank 2 refused \[rank 0\]"):
+        failure.values([lost, {"value": 1}])
