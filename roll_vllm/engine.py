@@ -108,6 +108,7 @@ class RolloutEngine(ABC):
     _loras: int
     _death: EngineDiedError | None
     _death_known: asyncio.Event
+    _unanswered: set[asyncio.Future[Any]]
     _watch: Watch | None
     _elsewhere: list[process.Record]
 
@@ -137,6 +138,7 @@ class RolloutEngine(ABC):
         engine._lora, engine._loras = 0, _ADAPTERS * next(_engine_numbers)
         engine._session_open = engine._implicit_open = False
         engine._death, engine._death_known, engine._watch = None, asyncio.Event(), None
+        engine._unanswered = set()
         engine._elsewhere = []
         try:
             await engine.custom_init_worker()
@@ -198,6 +200,8 @@ class RolloutEngine(ABC):
         self._death_known.set()
         self._gate.fail(error)
         self._fail_requests(error)
+        for call in tuple(self._unanswered):  # also those that nobody waits for any more
+            call.cancel()
 
     @property
     def errored(self) -> bool:
@@ -223,13 +227,18 @@ class RolloutEngine(ABC):
     async def _or_death(self, call: Awaitable[_T], timeout: float | None = None) -> asyncio.Future[_T]:
         """Wait for a call, which goes on when the time is up; raise what the engine died of meanwhile."""
         task = asyncio.ensure_future(call)
+        self._unanswered.add(task)
+        task.add_done_callback(self._unanswered.discard)
         death = asyncio.ensure_future(self._death_known.wait())
-        done, _ = await asyncio.wait([task, death], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        death.cancel()
-        error = task.exception() if task in done else None
+        try:
+            done, _ = await asyncio.wait([task, death], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            death.cancel()
+        answered = task in done and not task.cancelled()
+        error = task.exception() if answered else None
         if error is not None and not isinstance(error, RollVllmError):
             await self._hear_of_death(error)
-        if self._death is not None and (task not in done or error is not None):
+        if self._death is not None and (not answered or error is not None):
             task.add_done_callback(lambda late: late.cancelled() or late.exception())
             raise self._death
         return task
