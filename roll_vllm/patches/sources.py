@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from roll_vllm.patches.fingerprint import Function, fingerprint, parameters
+
+_parsing = threading.Lock()
+_PAUSES_S = (0.0, 0.01, 0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class SourceTree:
             path = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
             if path is None:
                 raise NotFound(f"no module {name}")
-            self._modules[name] = path, ast.parse(path.read_bytes(), str(path))
+            self._modules[name] = path, _parsed(path)
         return self._modules[name]
 
     @staticmethod
@@ -109,6 +115,16 @@ class SourceTree:
                         except NotFound:
                             return None
         return None
+
+
+def _parsed(path: Path) -> ast.Module:
+    # Before Python 3.11.8, two threads that parse at the same time disturb each other; engines may start in several.
+    text = path.read_bytes()
+    for pause in _PAUSES_S:
+        with _parsing, contextlib.suppress(SystemError):
+            return ast.parse(text, str(path))
+        time.sleep(pause)  # the other one is not ours
+    return ast.parse(text, str(path))
 
 
 def _functions(body: list[ast.stmt], name: str) -> Iterator[Function]:
