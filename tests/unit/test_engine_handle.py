@@ -509,3 +509,21 @@ def test_what_makes_two_engines_the_same() -> None:
     assert len({*same}) == 1
     assert len({*same, *different}) == 3
     assert EngineConfig.of("m", {"a": object}) == EngineConfig.of("m", {"a": object})
+
+
+def test_nothing_is_left_running_on_a_loop_that_stops() -> None:
+    thread = LoopThread(THREAD)
+    ends: list[str] = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            ends.append("tidied up")
+
+    call = thread.submit(forever())
+    thread.submit(asyncio.sleep(0)).result()
+    thread.stop()
+    assert ends == ["tidied up"]
+    assert call.cancelled()
