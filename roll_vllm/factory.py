@@ -171,11 +171,11 @@ async def _start(generation: str, arguments: dict[str, Any], options: EngineOpti
         left = failure.read(options.records)
         if left is not None and type(left) is not RollVllmError:
             raise left from error
-        if left is not None:
-            error = RuntimeError(f"{error} {left}")
-        lack = failure.out_of_memory(error)
+        lack = failure.out_of_memory(error if left is None else RuntimeError(f"{error} {left}"))
         if lack is not None:
             raise lack from error
+        if left is not None:
+            raise RollVllmError(f"the engine could not start: {left}") from error
         raise
 
 

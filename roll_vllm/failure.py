@@ -58,7 +58,8 @@ def leave(directory: str | os.PathLike[str], error: RollVllmError) -> None:
     """Write the error down, unless an earlier one is there: what follows a failure is not its cause."""
     path = Path(directory, _NAME)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}), encoding="utf-8")
+    kind = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    draft.write_text(json.dumps({"error": kind, "message": str(error)}), encoding="utf-8")
     try:
         os.link(draft, path)
     except FileExistsError:

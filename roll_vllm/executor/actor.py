@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from roll_vllm import backends, devices, environment
-from roll_vllm.executor import cluster, stock
+from roll_vllm.executor import cluster, stock, variables
 
 
 class RollVllmRayWorker(stock.worker_wrapper()):  # type: ignore[misc]
@@ -39,8 +40,15 @@ class RollVllmRayWorker(stock.worker_wrapper()):  # type: ignore[misc]
         return {**cluster.where(self._roll_vllm_visibility), "port": environment.free_port()}
 
     def roll_vllm_prepare(self, changes: Mapping[str, str]) -> None:
-        """Set what could only be known here."""
+        """Set what could only be known here, and make the directories that the driver could not make here.
+
+        Raises:
+            ConfigurationError: this node has no room for them, or they cannot be written to.
+        """
         os.environ.update(changes)
+        for name in variables.OF_ONE_RANK:
+            if os.environ.get(name):
+                environment.ensure_cache_directory(Path(os.environ[name]))
 
     def setup_device_if_necessary(self) -> None:
         """As vLLM's, which knows no worker without a device."""

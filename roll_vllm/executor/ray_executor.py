@@ -198,8 +198,11 @@ class PlacedRayExecutor:
 
     def _worker_arguments(self, places: Sequence[Mapping[str, Any]], placement: Placement) -> list[dict[str, Any]]:
         """The arguments of vLLM's ``init_worker``, by rank; also sets what a worker's variables lack."""
-        for worker, place in zip(self.workers, places, strict=True):
+        prepared = [
             worker.execute_method.remote("roll_vllm_prepare", {"VLLM_PORT": str(place["port"])})
+            for worker, place in zip(self.workers, places, strict=True)
+        ]
+        self._get(prepared, _START_S)
         # Rank 0 opens the store that all others connect to, wherever it is.
         one_node = len({place["node_id"] for place in places}) == 1
         host = "127.0.0.1" if one_node else places[0]["node_ip"]
@@ -297,6 +300,7 @@ class PlacedRayExecutor:
     def _tell(self, error: BaseException) -> None:
         directory = os.environ.get(process.VARIABLE)
         if directory and Path(directory).is_dir():
+            error = getattr(error, "cause", None) or error  # what a worker raises has Ray's traceback for a message
             known = error if isinstance(error, RollVllmError) else RollVllmError(f"{type(error).__name__}: {error}")
             failure.leave(directory, known)
 

@@ -19,7 +19,8 @@ _COPIED = (
     "TORCHDYNAMO_", "TORCH_NCCL_", "TOKENIZERS_", "OMP_", "PYTHONPATH", "TRITON_", "XDG_CACHE_HOME",
 )  # fmt: skip
 _NOT_COPIED = ("VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_PORT", "VLLM_RAY_BUNDLE_INDICES", "LOCAL_RANK")
-_OF_ONE_RANK = ("VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")
+#: Directories of which each rank has one of its own.
+OF_ONE_RANK = ("VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE")
 
 
 def rank_environment(rank: int, environ: Mapping[str, str], visibility: Sequence[str]) -> dict[str, str]:
@@ -34,7 +35,7 @@ def rank_environment(rank: int, environ: Mapping[str, str], visibility: Sequence
     changes = {
         name: value for name, value in environ.items() if name.startswith(_COPIED) and name not in excluded
     }  # fmt: skip
-    for name in _OF_ONE_RANK:
+    for name in OF_ONE_RANK:
         if environ.get(name):
             changes[name] = str(Path(environ[name]) / f"rank{rank}")
     return changes

@@ -76,3 +76,11 @@ def test_the_rank_that_lacks_memory_is_the_cause() -> None:
         failure.values([lost, lacking, {"value": 1}])
     with pytest.raises(WeightUpdateError, match=r"rank 2 refused \[rank 0\]"):
         failure.values([lost, {"value": 1}])
+
+
+def test_what_a_library_makes_of_an_error_of_ours_is_ours_again(tmp_path: Path) -> None:
+    """As Ray does, which raises what is both its own and that of the worker."""
+    failure.leave(tmp_path, type("RayTaskError(EngineDiedError)", (EngineDiedError,), {})("rank 1 is gone"))
+    left = failure.read(tmp_path)
+    assert type(left) is EngineDiedError
+    assert str(left) == "rank 1 is gone"
