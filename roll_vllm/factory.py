@@ -175,7 +175,10 @@ async def _start(generation: str, arguments: dict[str, Any], options: EngineOpti
         if lack is not None:
             raise lack from error
         if left is not None:
-            raise RollVllmError(f"the engine could not start: {left}") from error
+            raise RollVllmError(
+                f"the engine could not start: {left}. Its processes logged the whole traceback above; "
+                "`roll-vllm doctor` tells whether the installation is to blame"
+            ) from error
         raise
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 
 from roll_vllm.engine import RolloutEngine
-from roll_vllm.errors import EngineDiedError
 from roll_vllm.frontends import local_device
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
             worker.model_runner.execute_model = self._device_gate.behind(worker.model_runner.execute_model)
         RolloutEngineV0._alive.add(id(self))
         self._stepping = asyncio.Lock()
-        self._step_task: asyncio.Task[Any] | None = None
         self._run_step, self.engine.step_async = self.engine.step_async, self._step
         self._stop_loops, self._stopping = self.engine.stop_remote_worker_execution_loop_async, asyncio.Lock()
         self.engine.stop_remote_worker_execution_loop_async = self._stop_worker_loops
@@ -62,19 +60,15 @@ class RolloutEngineV0(RolloutEngine, AsyncLLMEngine):
         if self._frozen:
             await asyncio.sleep(_POLL_S)
         async with self._stepping:
-            self._step_task = asyncio.current_task()
+            step: Any = asyncio.current_task()
+            self._unanswered.add(step)  # Ray may never answer it, and everybody else waits for its end
             try:
                 return bool(await AsyncLLMEngine.engine_step(self, virtual_engine))
             finally:
-                self._step_task = None
+                self._unanswered.discard(step)
 
     async def _step(self, virtual_engine: int) -> list[Any]:
         return [] if self._frozen else list(await self._run_step(virtual_engine))
-
-    def _died(self, error: EngineDiedError) -> None:
-        RolloutEngine._died(self, error)
-        if self._step_task is not None:  # Ray may never answer it, and everybody else waits for its end
-            self._step_task.cancel()
 
     def _require_freezing(self) -> None:
         """Nothing: it always works."""
